@@ -1,0 +1,17 @@
+"""The array types, as method signatures and kernels name them. Importing this imports numpy."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows: TypeAlias = NDArray[np.float32]  # [rows, cols]
+RawBytes: TypeAlias = NDArray[np.uint8]  # [bytes], as they lie in the file
+
+# What a method's first argument is; the annotation tells which. Both are [models, rows, cols].
+Deltas: TypeAlias = Annotated[NDArray[np.float32], "deltas"]  # each model minus the base
+Weights: TypeAlias = Annotated[NDArray[np.float32], "weights"]  # the models themselves
+
+PerModel: TypeAlias = NDArray[np.float64]  # [models], in the order of the recipe

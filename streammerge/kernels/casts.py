@@ -1,0 +1,53 @@
+"""Casts between stored bytes and float32 rows.
+
+bfloat16, which numpy does not know, is carried as `uint16` bits. Narrowing rounds to nearest even.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streammerge.arrays import RawBytes, Rows
+from streammerge.words import DType
+
+# The numpy type that carries the stored bytes of each float type.
+CARRIER: dict[DType, type[np.generic]] = {
+    DType.BF16: np.uint16,
+    DType.F16: np.float16,
+    DType.F32: np.float32,
+    DType.F64: np.float64,
+}
+
+
+def widen(stored: RawBytes, dtype: DType, out: Rows) -> None:
+    """Stored little-endian elements `[n * itemsize]` to float32 `[rows, cols]`, n = rows * cols."""
+    elements = stored.view(CARRIER[dtype])
+    if dtype is DType.BF16:
+        from streammerge.kernels import cpu
+
+        cpu.bfloat16_to_float32(elements, out.reshape(-1))
+    else:
+        with np.errstate(over="ignore"):  # float64 beyond float32: infinite, found when written
+            np.copyto(out.reshape(-1), elements, casting="same_kind")
+
+
+def narrow(rows: Rows, dtype: DType, out: RawBytes) -> int:
+    """float32 `[rows, cols]` to stored elements; returns how many of those are not finite."""
+    from streammerge.kernels import cpu
+
+    flat = rows.reshape(-1)
+    elements = out.view(CARRIER[dtype])
+    if dtype is DType.BF16:
+        return int(cpu.float32_to_bfloat16(flat, elements))
+    with np.errstate(over="ignore"):
+        np.copyto(elements, flat, casting="same_kind")
+    if dtype is DType.F16:
+        return int(np.count_nonzero(~np.isfinite(elements)))
+    return int(cpu.count_not_finite(flat))
+
+
+def not_finite(rows: Rows) -> int:
+    """How many elements are NaN or infinite."""
+    from streammerge.kernels import cpu
+
+    return int(cpu.count_not_finite(rows.reshape(-1)))

@@ -1,0 +1,173 @@
+"""The hot loops for the CPU, compiled by numba when this module is imported.
+
+The signatures are explicit, so that importing compiles everything (or loads it from numba's
+cache) and nothing is compiled in the middle of a merge. No loop allocates: buffers belong to the
+caller. No `fastmath` on values that reach the output: its bits must not depend on the build.
+
+bfloat16 is carried as raw `uint16` bits, since numpy has no such type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+
+from streammerge.kernels.cache import CACHED
+
+_f32 = types.float32[::1]
+_f64 = types.float64[::1]
+_u16 = types.uint16[::1]
+_u32 = types.uint32[::1]
+_i64 = types.int64
+_rows = types.float32[:, ::1]
+
+# Elements per inner block: three models of it stay in the L1 cache.
+BLOCK = 512
+
+
+@njit(types.void(_u16, _f32), cache=CACHED, nogil=True)
+def bfloat16_to_float32(bits, out):  # [n], [n]
+    as_bits = out.view(np.uint32)
+    for i in range(bits.size):
+        as_bits[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
+@njit(_i64(_f32, _u16), cache=CACHED, nogil=True)
+def float32_to_bfloat16(rows, out):  # [n], [n]
+    """Round to nearest even; returns how many results are not finite. NaN stays a NaN."""
+    bits = rows.view(np.uint32)
+    bad = 0
+    for i in range(rows.size):
+        b = bits[i]
+        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        high = (b >> np.uint32(16)) | np.uint32(0x40) if nan else rounded
+        out[i] = np.uint16(high)
+        bad += np.int64((high & np.uint32(0x7F80)) == np.uint32(0x7F80))
+    return bad
+
+
+@njit(_i64(_f32), cache=CACHED, nogil=True)
+def count_not_finite(rows):  # [n]
+    bits = rows.view(np.uint32)
+    bad = 0
+    for i in range(rows.size):
+        bad += np.int64((bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+    return bad
+
+
+@njit(types.float64(_f32), cache=CACHED, nogil=True, fastmath={"reassoc"})
+def sum_of_squares(rows):  # [n]
+    """In float64. Only for the report: reassociation may change its last bits."""
+    total = 0.0
+    for i in range(rows.size):
+        total += np.float64(rows[i]) * np.float64(rows[i])
+    return total
+
+
+@njit(types.float64(_f32, _f32), cache=CACHED, nogil=True, fastmath={"reassoc"})
+def sum_of_squared_differences(rows, base):  # [n], [n]
+    """In float64. Only for the report: reassociation may change its last bits."""
+    total = 0.0
+    for i in range(rows.size):
+        difference = np.float64(rows[i]) - np.float64(base[i])
+        total += difference * difference
+    return total
+
+
+@njit(types.void(_f32, types.float32, _f32), cache=CACHED, nogil=True)
+def add_scaled(out, factor, rows):  # [n], scalar, [n]
+    for i in range(out.size):
+        out[i] += factor * rows[i]
+
+
+@njit(types.void(_f32, types.float32, _f32, _f32), cache=CACHED, nogil=True)
+def add_scaled_difference(out, factor, rows, base):  # [n], scalar, [n], [n]
+    for i in range(out.size):
+        out[i] += factor * (rows[i] - base[i])
+
+
+@njit(types.UniTuple(_i64, 2)(_f32, types.uint32, types.uint32, _u32), cache=CACHED, nogil=True)
+def count_and_collect(rows, low, high, found):  # [n], scalar, scalar, [>= n]
+    """How many magnitudes are at or above `high`, and how many in `[low, high)`.
+
+    Magnitudes are compared by their bits, which order non-negative floats. Those in between are
+    written to the front of `found`, which has room for all.
+    """
+    bits = rows.view(np.uint32)
+    above = 0
+    inside = 0
+    width = np.uint32(high - low)
+    for i in range(rows.size):
+        key = bits[i] & np.uint32(0x7FFFFFFF)
+        above += np.int64(key >= high)
+        found[inside] = key
+        inside += np.int64(np.uint32(key - low) < width)
+    return above, inside
+
+
+@njit(types.void(_u32, types.uint32, types.uint32, _u32), cache=CACHED, nogil=True)
+def add_to_bins(keys, low, shift, bins):  # [n], scalar, scalar, [bins]
+    for i in range(keys.size):
+        bins[(keys[i] - low) >> shift] += np.uint32(1)
+
+
+@njit(types.void(_f32, types.uint32, _i64), cache=CACHED, nogil=True)
+def keep_largest(rows, threshold, quota):  # [n], scalar, scalar
+    """Zero what is under the threshold's magnitude, and equals of it beyond the first `quota`."""
+    bits = rows.view(np.uint32)
+    for i in range(rows.size):
+        key = bits[i] & np.uint32(0x7FFFFFFF)
+        if key < threshold:
+            bits[i] = np.uint32(0)
+        elif key == threshold:
+            if quota > 0:
+                quota -= 1
+            else:
+                bits[i] = np.uint32(0)
+
+
+@njit(types.void(_f32, types.uint32), cache=CACHED, nogil=True)
+def keep_at_least(rows, threshold):  # [n], scalar
+    """Zero what is under the threshold's magnitude."""
+    bits = rows.view(np.uint32)
+    for i in range(rows.size):
+        small = (bits[i] & np.uint32(0x7FFFFFFF)) < threshold
+        bits[i] = np.uint32(0) if small else bits[i]
+
+
+@njit(types.void(_rows, _f32, types.boolean, types.float32, _f32), cache=CACHED, nogil=True)
+def elect(deltas, weights, normalize, scale, out):  # [models, n], [models], -, -, [n]
+    """Weighted vote, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`."""
+    models, n = deltas.shape
+    vote = np.empty(BLOCK, np.float32)
+    total = np.empty(BLOCK, np.float32)
+    divisor = np.empty(BLOCK, np.float32)
+    zero = np.float32(0)
+    for start in range(0, n, BLOCK):
+        size = min(BLOCK, n - start)
+        for i in range(size):
+            vote[i] = zero
+            total[i] = zero
+            divisor[i] = zero
+        for m in range(models):
+            w = weights[m]
+            row = deltas[m, start : start + size]
+            for i in range(size):
+                vote[i] += w * row[i]
+        for m in range(models):
+            w = weights[m]
+            row = deltas[m, start : start + size]
+            for i in range(size):
+                d = w * row[i]
+                agrees = (d > zero) if vote[i] >= zero else (d < zero)
+                total[i] += d if agrees else zero
+                divisor[i] += w if agrees else zero
+        if normalize:
+            for i in range(size):
+                by = divisor[i]
+                by = np.float32(1) if abs(by) < np.float32(1e-8) else by
+                out[start + i] = scale * (total[i] / by)
+        else:
+            for i in range(size):
+                out[start + i] = scale * total[i]

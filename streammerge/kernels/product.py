@@ -1,0 +1,47 @@
+"""The product of a band: some rows of `left @ right` by one BLAS call.
+
+A band is not bit-equal to the same rows of the whole product, so callers cut bands by the tile
+grid only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from streammerge.arrays import PerModel, Rows
+
+
+def multiply(left: Rows, right: Rows, out: Rows) -> None:
+    """`out = left @ right`: `[rows, rank] @ [rank, cols] -> [rows, cols]`."""
+    np.matmul(left, right, out=out)
+
+
+def gram(rows: Rows) -> NDArray[np.float64]:
+    """`rows @ rows.T` in float64: `[rank, cols] -> [rank, rank]`, summed over blocks of columns."""
+    total = np.zeros((len(rows), len(rows)))
+    for start in range(0, rows.shape[1], 4096):
+        block = rows[:, start : start + 4096].astype(np.float64)
+        total += block @ block.T
+    return total
+
+
+def squared_norms(
+    left: Rows, right_grams: list[NDArray[np.float64]], scales: list[float]
+) -> PerModel:
+    """Squared Frobenius norm of each `scale_i * left_i @ right_i`, without forming the product.
+
+    `left` is `[rows, sum of ranks]`, the left factors side by side; `right_grams[i]` is
+    `right_i @ right_i.T`. The norm is the trace of `(left_i.T @ left_i) @ right_gram_i`.
+    """
+    norms, start = [], 0
+    for right_gram, scale in zip(right_grams, scales, strict=True):
+        band = left[:, start : start + len(right_gram)]
+        left_gram = (band.T @ band).astype(np.float64)
+        norms.append(scale * scale * float(np.sum(left_gram * right_gram)))
+        start += len(right_gram)
+    return np.array(norms, np.float64)

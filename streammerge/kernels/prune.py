@@ -1,0 +1,62 @@
+"""Magnitude pruning: count against a bracket, and keep the largest.
+
+A magnitude is compared by the bits of its absolute value, an unsigned integer that orders
+non-negative floats: its key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from streammerge.arrays import Deltas, Rows
+    from streammerge.memory import Scratch
+
+ABOVE_ALL = 0x80000000  # greater than the key of any float, NaN included
+KEEP_ALL_EQUAL = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What to keep of one tile, per model: keys above the threshold, and `quota` equal ones."""
+
+    thresholds: tuple[int, ...]  # [models], a key; 0 keeps everything
+    quotas: tuple[int, ...]  # [models], equal magnitudes to keep in this tile, lowest index first
+
+
+def keys(rows: Rows) -> NDArray[np.uint32]:
+    """The keys of all elements, same shape."""
+    return rows.view(np.uint32) & np.uint32(ABOVE_ALL - 1)
+
+
+def count_and_collect(
+    rows: Rows, low: int, high: int, scratch: Scratch
+) -> tuple[int, NDArray[np.uint32]]:
+    """How many keys are at or above `high`, and those in `[low, high)` in a reused buffer."""
+    from streammerge.kernels import cpu
+
+    # One more than there are elements: the loop writes before it knows whether to keep.
+    found = scratch.array("found", (rows.size + 1,), np.uint32)
+    flat = rows.reshape(-1)
+    above, inside = cpu.count_and_collect(flat, np.uint32(low), np.uint32(high), found)
+    return int(above), found[:inside]
+
+
+def trim(deltas: Deltas, cut: Cut) -> Deltas:
+    """Keep each model's largest magnitudes `[models, rows, cols]`, in place; returns `deltas`."""
+    from streammerge.kernels import cpu
+
+    for delta, threshold, quota in zip(deltas, cut.thresholds, cut.quotas, strict=True):
+        flat = delta.reshape(-1)
+        if threshold == 0:
+            continue
+        if 0 < quota < KEEP_ALL_EQUAL:
+            cpu.keep_largest(flat, np.uint32(threshold), quota)
+        else:
+            cpu.keep_at_least(flat, np.uint32(threshold + (quota == 0)))
+    return deltas

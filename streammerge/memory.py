@@ -1,0 +1,53 @@
+"""The memory budget, and the working buffers that worker threads reuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from streammerge import system
+
+MIB = 1 << 20
+LEAST_DEFAULT = 256 * MIB
+
+
+def default_budget(environ: Mapping[str, str] = os.environ) -> int:
+    """Bytes: half of the least of free memory, what the cgroup leaves, and the job's grant.
+
+    At least 256 MiB; a merge that needs more than there is gets refused by the plan.
+    """
+    limits = [
+        system.memory_available(),
+        system.cgroup_memory_left(),
+        system.scheduler_memory(environ, system.usable_cpus()),
+    ]
+    return max(LEAST_DEFAULT, min(limit for limit in limits if limit is not None) // 2)
+
+
+class Scratch:
+    """One thread's working buffers, by name, grown when needed and reused from tile to tile.
+
+    An array that it hands out is overwritten by the next request for the same name: copy what
+    you keep.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An uninitialised C-contiguous array."""
+        kind = np.dtype(dtype)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < nbytes:
+            self._buffers.pop(name, None)  # free the old one before the new one is made
+            buffer = self._buffers[name] = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes].view(kind).reshape(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -1,0 +1,111 @@
+"""`@method`: the function's signature is the whole declaration of a merge method.
+
+    first argument      `Deltas` or `Weights`: whether the base is subtracted
+    Annotated[PerModel, Knob(...)]     a parameter of each model
+    Annotated[float | bool, Knob(...)] a parameter of the merge
+    Annotated[X, SomeStatistic(...)]   something the engine finds out first, handed over per tile
+    return type         `Rows`: called for every tile; `Coefficients`: called once per tensor
+
+A parameter whose name is a Python keyword carries a trailing underscore: `lambda_`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from streammerge.arrays import Deltas, PerModel, Rows, Weights
+from streammerge.words import Coefficients, Knob, MethodSpec, Statistic
+
+_SPACES: Mapping[Any, Literal["deltas", "weights"]] = {Deltas: "deltas", Weights: "weights"}
+
+
+def method(
+    *, models: tuple[int, int | None] = (1, None), reference: str = ""
+) -> Callable[[Callable[..., Any]], MethodSpec]:
+    """Register a typed function as a merge method, named like the function.
+
+    `models` bounds how many models take part; `reference` is the paper. Raises TypeError when
+    the signature does not say what each argument is.
+    """
+
+    def register(function: Callable[..., Any]) -> MethodSpec:
+        return _declare(function, models, reference)
+
+    return register
+
+
+def _declare(
+    function: Callable[..., Any], models: tuple[int, int | None], reference: str
+) -> MethodSpec:
+    hints = get_type_hints(function, include_extras=True)
+    first, *others = signature(function).parameters.values()
+    per_model: dict[str, Knob] = {}
+    shared: dict[str, Knob] = {}
+    statistics: dict[str, Statistic] = {}
+    for parameter in others:
+        kind, declared = _annotation(function, parameter, hints)
+        name = parameter.name.rstrip("_")
+        if not isinstance(declared, Knob):
+            statistics[parameter.name] = declared
+        elif kind == PerModel:
+            per_model[name] = declared
+        else:
+            shared[name] = declared
+    for statistic in statistics.values():
+        statistic.check(per_model, shared)
+    return MethodSpec(
+        name=function.__name__,
+        function=function,
+        space=_space(function, hints.get(first.name)),
+        returns=_returns(function, hints.get("return")),
+        per_model=MappingProxyType(per_model),
+        shared=MappingProxyType(shared),
+        statistics=MappingProxyType(statistics),
+        models=models,
+        reference=reference,
+    )
+
+
+def _annotation(
+    function: Callable[..., Any], parameter: Parameter, hints: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """`(type, declaration)` of an `Annotated[type, declaration]` keyword-only argument."""
+    hint = hints.get(parameter.name)
+    if get_origin(hint) is not Annotated or parameter.kind is not Parameter.KEYWORD_ONLY:
+        raise TypeError(
+            f"{function.__name__}: {parameter.name} must be keyword-only and "
+            f"Annotated[type, Knob(...) or a statistic]"
+        )
+    kind, declared, *_ = get_args(hint)
+    if not isinstance(declared, Knob) and not hasattr(declared, "start"):
+        raise TypeError(f"{function.__name__}: {parameter.name} declares no Knob and no statistic")
+    return kind, declared
+
+
+def _space(function: Callable[..., Any], hint: Any) -> Literal["deltas", "weights"]:
+    if hint not in _SPACES:
+        raise TypeError(f"{function.__name__}: the first argument must be Deltas or Weights")
+    return _SPACES[hint]
+
+
+def _returns(function: Callable[..., Any], hint: Any) -> Literal["rows", "coefficients"]:
+    if hint is Coefficients:
+        return "coefficients"
+    if hint == Rows:
+        return "rows"
+    raise TypeError(f"{function.__name__}: the return type must be Rows or Coefficients")
+
+
+def load(package: str, names: Iterable[str]) -> Mapping[str, MethodSpec]:
+    """The methods of a package, one module each that defines a method of the module's name."""
+    found: dict[str, MethodSpec] = {}
+    for name in names:
+        spec = getattr(importlib.import_module(f"{package}.{name}"), name, None)
+        if not isinstance(spec, MethodSpec):
+            raise TypeError(f"{package}.{name} defines no @method called {name}")
+        found[name] = spec
+    return MappingProxyType(found)

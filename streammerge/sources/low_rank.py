@@ -1,0 +1,167 @@
+"""Low-rank updates, evaluated band by band: one product for any number of stacked factors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from streammerge.arrays import PerModel, Rows
+from streammerge.kernels.casts import widen
+from streammerge.kernels.product import gram, multiply, squared_norms
+from streammerge.memory import Scratch
+from streammerge.storage.bytesource import Files
+from streammerge.words import Factors, Matrix, Tile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Product:
+    """`sum of weight_i * scale_i * left_i @ right_i` as one product over the stacked factors.
+
+    The scale and the weight enter the left factor, `float32(weight_i * scale_i) * left_i`; that is
+    the documented formula, and it costs `rows * rank` products instead of `rows * cols`.
+
+    The right factors `[sum of ranks, cols]` are held from the first use until `release`; of the
+    left ones only the rows of the tile are read.
+    """
+
+    def __init__(
+        self, files: Files, factors: Sequence[Factors], weights: Sequence[float] | None = None
+    ) -> None:
+        self._files = files
+        self._factors = tuple(factors)
+        self._weights = tuple(weights or (1.0,) * len(self._factors))
+        self._rank = sum(pair.rank for pair in self._factors)
+        self._cols = self._factors[0].right.cols
+        self._lock = threading.Lock()
+        self._right: Rows | None = None
+        self._grams: list[NDArray[np.float64]] = []
+
+    @property
+    def resident_bytes(self) -> int:
+        widest = max(
+            _stored_bytes(pair.right) + 4 * _elements(pair.right) for pair in self._factors
+        )
+        return 4 * self._rank * self._cols + widest  # the stack, and one factor while it loads
+
+    def read_bytes(self, tile: Tile) -> int:
+        """Of the left factors; the right ones are counted by `right_bytes`, once per tensor."""
+        rows = len(range(tile.start, tile.stop, tile.row_step))
+        return sum(rows * pair.rank * _itemsize(pair.left) for pair in self._factors)
+
+    @property
+    def right_bytes(self) -> int:
+        return sum(_stored_bytes(pair.right) for pair in self._factors)
+
+    def scratch_bytes(self, tile: Tile) -> int:
+        rows = len(range(tile.start, tile.stop, tile.row_step))
+        widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self._factors)
+        thinned = 4 * self._rank * self._cols // tile.col_step if tile.col_step > 1 else 0
+        return rows * (8 * self._rank + widest) + thinned
+
+    def rows(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
+        """The summed update of a tile, `[rows, cols]`."""
+        left = self._left(tile, scratch)
+        self._multiply(tile, left, out)
+
+    def rows_and_norms(self, tile: Tile, out: Rows, scratch: Scratch) -> PerModel:
+        """As `rows`; returns the squared norm of each `scale_i * left_i @ right_i`, unweighted."""
+        right = self._load()
+        left = self._left(tile, scratch)
+        if not self._grams:
+            self._grams = self._right_grams(right)
+        norms = squared_norms(left, self._grams, [pair.scale for pair in self._factors])
+        self._multiply(tile, left, out)
+        return norms
+
+    def release(self) -> None:
+        with self._lock:
+            self._right = None
+            self._grams = []
+
+    def _multiply(self, tile: Tile, left: Rows, out: Rows) -> None:
+        """Scales `left` in place, then multiplies."""
+        start = 0
+        for pair, weight in zip(self._factors, self._weights, strict=True):
+            left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
+            start += pair.rank
+        right = self._load()
+        if tile.col_step > 1:
+            right = np.ascontiguousarray(right[:, :: tile.col_step])
+        multiply(left, right, out)
+
+    def _left(self, tile: Tile, scratch: Scratch) -> Rows:
+        """The tile's rows of the left factors side by side, unscaled: `[rows, sum of ranks]`."""
+        rows = range(tile.start, tile.stop, tile.row_step)
+        left: Rows = scratch.array("left", (len(rows), self._rank), np.float32)
+        start = 0
+        for pair in self._factors:
+            block = left[:, start : start + pair.rank]
+            self._read(pair.left, rows, block, scratch)
+            start += pair.rank
+        return left
+
+    def _load(self) -> Rows:
+        """The right factors under each other: `[sum of ranks, cols]`."""
+        with self._lock:
+            if self._right is None:
+                right: Rows = np.empty((self._rank, self._cols), np.float32)
+                start, own = 0, Scratch()  # not the worker's: this is used once per tensor
+                for pair in self._factors:
+                    block = right[start : start + pair.rank]
+                    self._read(pair.right, range(pair.rank), block, own)
+                    start += pair.rank
+                self._right = right
+            return self._right
+
+    def _right_grams(self, right: Rows) -> list[NDArray[np.float64]]:
+        grams, start = [], 0
+        for pair in self._factors:
+            grams.append(gram(right[start : start + pair.rank]))
+            start += pair.rank
+        return grams
+
+    def _read(self, matrix: Matrix, rows: range, out: Rows, scratch: Scratch) -> None:
+        """Some rows of a factor, widened; `out` is `[len(rows), matrix.cols]`, any strides."""
+        spec = matrix.extent.spec
+        shape = (matrix.cols, len(rows)) if matrix.transposed else (len(rows), matrix.cols)
+        size = len(rows) * matrix.cols
+        stored = scratch.array("stored factor", (size * spec.dtype.itemsize,), np.uint8)
+        if matrix.transposed:
+            self._read_columns(matrix, rows, stored)
+        else:
+            self._files.block(matrix.extent, rows, range(matrix.cols), stored)
+        wide: Rows = scratch.array("factor", shape, np.float32)
+        widen(stored, spec.dtype, wide)
+        out[...] = wide.T if matrix.transposed else wide
+
+    def _read_columns(self, matrix: Matrix, rows: range, stored: NDArray[np.uint8]) -> None:
+        """Columns of the stored matrix, which are rows of its transpose."""
+        stored_rows = range(matrix.cols)
+        if rows.step == 1:
+            self._files.block(matrix.extent, stored_rows, rows, stored)
+            return
+        size = matrix.extent.spec.dtype.itemsize
+        whole = np.empty((matrix.rows, size), np.uint8)
+        target = stored.reshape(len(stored_rows), len(rows), size)
+        for row in stored_rows:
+            self._files.block(
+                matrix.extent, range(row, row + 1), range(matrix.rows), whole.reshape(-1)
+            )
+            target[row] = whole[rows.start : rows.stop : rows.step]
+
+
+def _elements(matrix: Matrix) -> int:
+    return matrix.rows * matrix.cols
+
+
+def _itemsize(matrix: Matrix) -> int:
+    return matrix.extent.spec.dtype.itemsize
+
+
+def _stored_bytes(matrix: Matrix) -> int:
+    return _elements(matrix) * _itemsize(matrix)

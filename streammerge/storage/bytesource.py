@@ -1,0 +1,207 @@
+"""Bytes of input files: mapped lazily with numpy, or read into the caller's buffer.
+
+A mapped file that shrinks under the process is a SIGBUS that Python cannot catch, and mapping is
+slow on network file systems; so there are two faces, and every read first compares the file with
+what the plan saw.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from streammerge import system
+from streammerge.arrays import RawBytes
+from streammerge.errors import BadInput, StorageError
+from streammerge.memory import Scratch
+from streammerge.words import Extent, Tile
+
+Io = Literal["auto", "mmap", "read"]
+
+# Files kept open at once; a merge of many shards must not run into the limit of handles.
+_OPEN_FILES = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What must stay equal while a merge reads a file."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(slots=True)
+class _Handle:
+    descriptor: int
+    mapped: np.memmap[Any, np.dtype[np.uint8]] | None
+    users: int = 0
+
+
+class Files:
+    """The open input files of a merge, shared by its threads; opened on first use.
+
+    Pickles as a description: a worker process opens its own handles.
+    """
+
+    def __init__(self, stamps: Mapping[str, Stamp], io: Io = "auto") -> None:
+        self._stamps = dict(stamps)
+        self._io = io
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _Handle] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Files], tuple[Mapping[str, Stamp], Io]]:
+        return Files, (self._stamps, self._io)
+
+    @contextmanager
+    def tile(self, extent: Extent, tile: Tile, scratch: Scratch) -> Iterator[RawBytes]:
+        """The stored bytes of a tile, row after row, valid inside the `with`."""
+        spec = extent.spec
+        row_bytes = spec.cols * spec.dtype.itemsize
+        with self._borrow(extent.path) as handle:
+            if tile.row_step > 1 or tile.col_step > 1:
+                yield self._sample(handle, extent, tile, scratch)
+                return
+            offset = extent.offset + tile.start * row_bytes
+            length = (tile.stop - tile.start) * row_bytes
+            if handle.mapped is None:
+                buffer = scratch.array("stored", (length,), np.uint8)
+                _read_into(handle.descriptor, extent.path, offset, buffer)
+                yield buffer
+                return
+            yield handle.mapped[offset : offset + length]
+            system.drop_mapped(handle.mapped._mmap, offset, length)  # type: ignore[attr-defined]
+
+    def block(self, extent: Extent, rows: range, cols: range, out: RawBytes) -> None:
+        """A block of a stored matrix, by reading; `out` takes `len(rows) * len(cols)` elements.
+
+        `rows` may have a step, `cols` may not.
+        """
+        size = extent.spec.dtype.itemsize
+        row_bytes = extent.spec.cols * size
+        length = len(cols) * size
+        with self._borrow(extent.path) as handle:
+            if length == row_bytes and rows.step == 1:
+                start = extent.offset + rows.start * row_bytes
+                _read_into(handle.descriptor, extent.path, start, out)
+                return
+            for i, row in enumerate(rows):
+                start = extent.offset + row * row_bytes + cols.start * size
+                target = out[i * length : (i + 1) * length]
+                _read_into(handle.descriptor, extent.path, start, target)
+
+    @contextmanager
+    def descriptor(self, path: str) -> Iterator[int]:
+        """The file's descriptor, for copies inside the kernel."""
+        with self._borrow(path) as handle:
+            yield handle.descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._open.values():
+                _close(handle)
+            self._open.clear()
+
+    def _sample(self, handle: _Handle, extent: Extent, tile: Tile, scratch: Scratch) -> RawBytes:
+        """A thinned tile, read and never mapped: each touched row would map its surroundings."""
+        spec = extent.spec
+        size = spec.dtype.itemsize
+        row = scratch.array("sampled row", (spec.cols, size), np.uint8)
+        rows, cols = tile.shape(spec)
+        out = scratch.array("stored", (rows, cols, size), np.uint8)
+        for i, index in enumerate(range(tile.start, tile.stop, tile.row_step)):
+            offset = extent.offset + index * spec.cols * size
+            _read_into(handle.descriptor, extent.path, offset, row.reshape(-1))
+            out[i] = row[:: tile.col_step]
+        return out.reshape(-1)
+
+    @contextmanager
+    def _borrow(self, path: str) -> Iterator[_Handle]:
+        with self._lock:
+            handle = self._open.get(path)
+            if handle is None:
+                handle = self._open[path] = self._open_file(path)
+            self._open.move_to_end(path)
+            handle.users += 1
+        try:
+            self._compare(path, handle.descriptor)
+            yield handle
+        finally:
+            with self._lock:
+                handle.users -= 1
+                self._close_idle()
+
+    def _close_idle(self) -> None:
+        surplus = len(self._open) - _OPEN_FILES
+        idle = [path for path, handle in self._open.items() if handle.users == 0]
+        for path in idle[: max(0, surplus)]:
+            _close(self._open.pop(path))
+
+    def _open_file(self, path: str) -> _Handle:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _failed("cannot be opened", path, error) from error
+        if not self._maps(path) or self._stamps[path].size_bytes == 0:
+            return _Handle(descriptor, None)
+        try:
+            return _Handle(descriptor, np.memmap(path, np.uint8, "r"))
+        except (OSError, ValueError) as error:
+            os.close(descriptor)
+            raise _failed("cannot be mapped", path, error) from error
+
+    def _maps(self, path: str) -> bool:
+        if self._io == "auto":
+            return not system.on_network_file_system(path)
+        return self._io == "mmap"
+
+    def _compare(self, path: str, descriptor: int) -> None:
+        now = os.fstat(descriptor)
+        planned = self._stamps[path]
+        found = Stamp(now.st_size, now.st_mtime_ns, now.st_ino)
+        if found != planned:
+            raise BadInput(
+                "the file changed after the merge was planned",
+                where=path,
+                found=f"{found.size_bytes} bytes, mtime {found.mtime_ns} ns, inode {found.inode}",
+                expected=(
+                    f"{planned.size_bytes} bytes, mtime {planned.mtime_ns} ns, "
+                    f"inode {planned.inode}"
+                ),
+                remedy="leave the inputs alone while a merge runs, then run the command again",
+            )
+
+
+def _close(handle: _Handle) -> None:
+    handle.mapped = None
+    os.close(handle.descriptor)
+
+
+def _read_into(descriptor: int, path: str, offset: int, out: RawBytes) -> None:
+    view = memoryview(out)  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise _failed(f"cannot be read at offset {offset + done}", path, error) from error
+        if count == 0:
+            raise BadInput(
+                f"the file ends at offset {offset + done}",
+                where=path,
+                expected=f"{len(view) - done} more bytes",
+                remedy="the file was cut short; fetch it again",
+            )
+        done += count
+
+
+def _failed(what: str, path: str, error: OSError | ValueError) -> StorageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return StorageError(f"{what}: {reason}", where=path, remedy="check the disk and its mount")

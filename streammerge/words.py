@@ -1,0 +1,341 @@
+"""The words of the project: what a tensor, a tile, a source, a statistic and a method are.
+
+Everything here is a plain frozen value or a protocol. Nothing here reads a file or imports numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from streammerge.arrays import PerModel, Rows
+    from streammerge.memory import Scratch
+
+
+class DType(Enum):
+    """An element type of the safetensors format: its name in the header, bytes, and kind."""
+
+    BOOL = ("BOOL", 1, "bool")
+    U8 = ("U8", 1, "int")
+    I8 = ("I8", 1, "int")
+    F8_E4M3 = ("F8_E4M3", 1, "float8")
+    F8_E5M2 = ("F8_E5M2", 1, "float8")
+    U16 = ("U16", 2, "int")
+    I16 = ("I16", 2, "int")
+    F16 = ("F16", 2, "float")
+    BF16 = ("BF16", 2, "float")
+    U32 = ("U32", 4, "int")
+    I32 = ("I32", 4, "int")
+    F32 = ("F32", 4, "float")
+    U64 = ("U64", 8, "int")
+    I64 = ("I64", 8, "int")
+    F64 = ("F64", 8, "float")
+
+    def __init__(self, label: str, itemsize: int, kind: str) -> None:
+        self.label = label
+        self.itemsize = itemsize
+        self.kind = kind
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether arithmetic on its elements means anything: F16, BF16, F32 and F64."""
+        return self.kind == "float"
+
+
+# What users write for `dtype` and `out_dtype`, and what Hugging Face configs call it.
+FLOAT_NAMES: Mapping[str, DType] = {
+    "float16": DType.F16,
+    "bfloat16": DType.BF16,
+    "float32": DType.F32,
+    "float64": DType.F64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, shape and dtype, and how it is seen as `[rows, cols]`.
+
+    Two-dimensional and convolution tensors have `shape[0]` rows, stacks of experts
+    `[E, out, in]` have `E * out`, one-dimensional tensors and scalars are one row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def rows(self) -> int:
+        if len(self.shape) < 2:
+            return 1
+        if len(self.shape) == 3 and ".experts." in self.name:
+            return self.shape[0] * self.shape[1]
+        return self.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.numel // self.rows if self.numel else 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Tile(NamedTuple):
+    """A run of whole rows `[start, stop)` of a tensor; with steps, a thinned sample of it."""
+
+    start: int
+    stop: int
+    row_step: int = 1
+    col_step: int = 1
+
+    def shape(self, spec: TensorSpec) -> tuple[int, int]:
+        """`(rows, cols)` of the tile of a tensor."""
+        rows = len(range(self.start, self.stop, self.row_step))
+        return rows, len(range(0, spec.cols, self.col_step))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a tensor's bytes lie: `spec.nbytes` of them from `offset` of the file `path`."""
+
+    path: str
+    offset: int
+    spec: TensorSpec
+
+
+class Source(Protocol):
+    """Anything that hands out the rows of one model's tensor, as float32.
+
+    `read` gives the model's own rows. `delta` gives its difference from the base, exactly: a LoRA
+    delta is formed from its factors, never as (base + delta) - base. Both write into `out`, a
+    buffer `[rows, cols]` that the caller owns and reuses.
+    """
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `delta` wants the base's rows."""
+        ...
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is held in memory from the first read until `release`."""
+        ...
+
+    def read(self, tile: Tile, out: Rows, scratch: Scratch) -> None: ...
+
+    def delta(self, tile: Tile, base_rows: Rows | None, out: Rows, scratch: Scratch) -> None: ...
+
+    def terms(self) -> Terms:
+        """The model as the rows of another source plus low-rank products, where it is one."""
+        ...
+
+    def read_bytes(self, tile: Tile) -> int:
+        """How many bytes of files one read of the tile touches."""
+        ...
+
+    def scratch_bytes(self, tile: Tile) -> int:
+        """Working memory that one `read` or `delta` of the tile takes from the scratch."""
+        ...
+
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A stored two-dimensional factor, possibly to be used transposed."""
+
+    extent: Extent
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.extent.spec.shape[1 if self.transposed else 0]
+
+    @property
+    def cols(self) -> int:
+        return self.extent.spec.shape[0 if self.transposed else 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A low-rank update `scale * left @ right` of a tensor seen as `[rows, cols]`.
+
+    `left` is `[rows, rank]`, `right` is `[rank, cols]`. For a LoRA on an ordinary linear layer
+    they are B and A as stored; on a transposed weight (GPT-2's Conv1D) A and B transposed.
+    """
+
+    scale: float
+    left: Matrix
+    right: Matrix
+
+    @property
+    def rank(self) -> int:
+        return self.left.cols
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """A model's tensor as `rows + sum of factors`."""
+
+    rows: Source
+    factors: tuple[Factors, ...] = ()
+
+
+class Adapter(Protocol):
+    """An arrow from base rows to adapted rows: one adapter's effect on one tensor."""
+
+    def factors(self) -> tuple[Factors, ...]:
+        """The update as low-rank products."""
+        ...
+
+
+# ------------------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A parameter of a merge method, with its default and bounds, as the recipe may set it.
+
+    `default` None means that the recipe must give it. `above` and `below` are exclusive,
+    `at_least` and `up_to` inclusive. `about` is one line of help.
+    """
+
+    default: float | bool | None = None
+    about: str = ""
+    above: float | None = None
+    below: float | None = None
+    at_least: float | None = None
+    up_to: float | None = None
+
+    def bounds(self) -> str:
+        """The bounds in words, empty when there are none."""
+        words = (
+            ("above", self.above),
+            ("at least", self.at_least),
+            ("below", self.below),
+            ("up to", self.up_to),
+        )
+        return " and ".join(f"{word} {bound:g}" for word, bound in words if bound is not None)
+
+    def allows(self, value: float) -> bool:
+        """Whether a finite value lies within the bounds."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.up_to is None or value <= self.up_to)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """What a method returns that is a weighted sum: the factor of each model, and of the base.
+
+    On deltas, the result is `base + sum of models[i] * delta_i`; on weights, it is
+    `sum of models[i] * x_i`.
+    """
+
+    models: Sequence[float]
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A registered merge method: its function and what the function's signature declares."""
+
+    name: str
+    function: Callable[..., Any]
+    space: Literal["deltas", "weights"]
+    returns: Literal["rows", "coefficients"]
+    per_model: Mapping[str, Knob]
+    shared: Mapping[str, Knob]
+    statistics: Mapping[str, Statistic]
+    models: tuple[int, int | None] = (1, None)  # fewest and most, None: any number
+    reference: str = ""
+    parameter_of: Mapping[str, str] = field(default_factory=dict)  # knob -> function parameter
+
+    @property
+    def needs_base(self) -> bool:
+        return self.space == "deltas"
+
+    @property
+    def about(self) -> str:
+        """The docstring of the function."""
+        return (self.function.__doc__ or "").strip()
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The knob values that apply to one tensor: of each model that takes part, and shared."""
+
+    per_model: Mapping[str, PerModel]
+    shared: Mapping[str, float | bool]
+
+
+class DeltaStack(Protocol):
+    """The deltas of one tile, made when asked for; buffers are reused between calls."""
+
+    def __len__(self) -> int: ...
+
+    def one(self, model: int) -> Rows:
+        """The delta of one model; the next call may overwrite it."""
+        ...
+
+
+class Statistic(Protocol):
+    """What a method needs to know of a whole tensor before it can merge a tile of it."""
+
+    def start(self, spec: TensorSpec, knobs: Knobs, state_bytes: int) -> Fold | StatisticValue:
+        """The first fold, or the value itself where no read is needed.
+
+        A fold and all that follow it hold at most `state_bytes` of state.
+        """
+        ...
+
+    def check(self, per_model: Iterable[str], shared: Iterable[str]) -> None:
+        """Raise TypeError when the declaration names a knob that the method does not have."""
+        ...
+
+    def most_reads(self, knobs: Knobs) -> int:
+        """How many reads of the whole tensor it takes, samples not counted, as planned."""
+        ...
+
+    def part_bytes(self) -> int:
+        """The most that one measured part holds."""
+        ...
+
+
+class StatisticValue(Protocol):
+    """A finished statistic."""
+
+    def at(self, tile_index: int) -> Any:
+        """What the method is handed for one tile of the grid."""
+        ...
+
+
+class Fold(Protocol):
+    """The running state of a statistic: measure tiles anywhere, absorb in grid order."""
+
+    def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
+        """Which tiles to measure: the whole grid, or a sample."""
+        ...
+
+    def measure(self, stack: DeltaStack, scratch: Scratch) -> Any:
+        """A tile's part. Pure: the same rows give the same part, and the state is only read."""
+        ...
+
+    def absorb(self, tile_index: int, part: Any) -> None: ...
+
+    def finish(self) -> Fold | StatisticValue:
+        """The value, or the next fold, which wants another read."""
+        ...
