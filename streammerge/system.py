@@ -17,8 +17,9 @@ from pathlib import Path
 _LINUX = sys.platform == "linux"
 _PAGE = mmap.PAGESIZE
 _MIB = 1 << 20
-# A fault on a mapped page maps the pages around it too, up to this window.
-_FAULT_AROUND = 64 << 10
+# A fault on a mapped page maps the whole folio of the page cache around it, up to this size and
+# aligned to it. Pages of a neighbour's range that are left mapped are never dropped again.
+LARGEST_FOLIO = 2 * _MIB
 _COPY_CHUNK = 16 * _MIB
 
 _NETWORK_FILE_SYSTEMS = frozenset(
@@ -201,8 +202,8 @@ def will_need(descriptor: int, offset: int, length: int) -> None:
 def drop_mapped(mapping: mmap.mmap, offset: int, length: int) -> None:
     """Unmap the pages of a range again, so that they stop counting as resident."""
     if hasattr(mmap, "MADV_DONTNEED") and len(mapping):
-        start = max(0, offset - _FAULT_AROUND) // _PAGE * _PAGE
-        stop = min(len(mapping), offset + length + _FAULT_AROUND)
+        start = offset // LARGEST_FOLIO * LARGEST_FOLIO
+        stop = min(len(mapping), -(-(offset + length) // LARGEST_FOLIO) * LARGEST_FOLIO)
         mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from streammerge.arrays import PerModel, Rows
@@ -141,7 +142,12 @@ class Source(Protocol):
         ...
 
     def read_bytes(self, tile: Tile) -> int:
-        """How many bytes of files one read of the tile touches."""
+        """How many bytes of files one `delta` of the tile reads, the base's rows not counted."""
+        ...
+
+    @property
+    def once_bytes(self) -> int:
+        """How many bytes of files the first read takes besides, held until `release`."""
         ...
 
     def scratch_bytes(self, tile: Tile) -> int:
@@ -262,7 +268,6 @@ class MethodSpec:
     statistics: Mapping[str, Statistic]
     models: tuple[int, int | None] = (1, None)  # fewest and most, None: any number
     reference: str = ""
-    parameter_of: Mapping[str, str] = field(default_factory=dict)  # knob -> function parameter
 
     @property
     def needs_base(self) -> bool:
@@ -281,11 +286,14 @@ class Knobs:
     per_model: Mapping[str, PerModel]
     shared: Mapping[str, float | bool]
 
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments; a knob called like a keyword gets an underscore: `lambda_`."""
+        knobs = {**self.per_model, **self.shared}
+        return {n + "_" if iskeyword(n) else n: value for n, value in knobs.items()}
+
 
 class DeltaStack(Protocol):
     """The deltas of one tile, made when asked for; buffers are reused between calls."""
-
-    def __len__(self) -> int: ...
 
     def one(self, model: int) -> Rows:
         """The delta of one model; the next call may overwrite it."""
@@ -315,12 +323,69 @@ class Statistic(Protocol):
         ...
 
 
+@runtime_checkable
 class StatisticValue(Protocol):
     """A finished statistic."""
 
     def at(self, tile_index: int) -> Any:
         """What the method is handed for one tile of the grid."""
         ...
+
+
+class Merged(Protocol):
+    """The merge of one tensor: measured wave by wave, then computed tile by tile."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is held in memory from the first tile until `release`, statistics not counted."""
+        ...
+
+    def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
+        """The statistics that the method wants, by the name of its parameter."""
+        ...
+
+    def measure(self, folds: Mapping[str, Fold], tile: Tile, scratch: Scratch) -> dict[str, Any]:
+        """Each fold's part of a tile."""
+        ...
+
+    def merge(
+        self, tile: Tile, index: int, values: Mapping[str, StatisticValue], scratch: Scratch
+    ) -> tuple[Rows, PerModel]:
+        """The merged rows, in a buffer of the scratch, and the tile's squared norms.
+
+        Norms are of the base's rows, then of each model's update; NaN where there is no base.
+        """
+        ...
+
+    def reads(self) -> int:
+        """How often the whole tensor is read, the merge included, when no estimate fails."""
+        ...
+
+    def merge_bytes(self, tile: Tile) -> int:
+        """Bytes of files that merging the tile reads."""
+        ...
+
+    def measure_bytes(self, tile: Tile) -> int:
+        """Bytes of files that measuring the tile reads."""
+        ...
+
+    def part_bytes(self) -> int:
+        """The most that the measured parts of one tile hold."""
+        ...
+
+    @property
+    def once_bytes(self) -> int:
+        """Bytes of files that are read once for the tensor and held until `release`."""
+        ...
+
+    def scratch_bytes(self, tile: Tile) -> int:
+        """Working memory of measuring or merging the tile, whichever takes more."""
+        ...
+
+    def release(self) -> None: ...
 
 
 class Fold(Protocol):

@@ -55,7 +55,8 @@ def write_model(
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
         return folder
-    names, weight_map = list(tensors), {}
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 
 def _candidates() -> list[Path]:
-    places = [os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")]
+    places = [os.environ.get(name) for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")]
     chosen = [Path(place) for place in places if place]
-    home = os.environ.get("HOME")
-    if home:
+    if home := os.environ.get("HOME"):
         chosen.append(Path(home) / ".cache")
+    if cache := os.environ.get("STREAMMERGE_CACHE"):  # --cache: on clusters HOME may be read-only
+        chosen.append(Path(cache))
     return [place / "streammerge" / "kernels" for place in chosen]
 
 
@@ -31,3 +32,17 @@ CACHED = FOLDER is not None
 
 if FOLDER is not None:
     os.environ["NUMBA_CACHE_DIR"] = str(FOLDER)
+
+
+def will_compile() -> bool:
+    """Whether loading the kernels will take some seconds, since none are kept for this version."""
+    if FOLDER is None:
+        return True
+    source = Path(__file__).with_name("cpu.py").stat().st_mtime
+    kept = [path.stat().st_mtime for path in FOLDER.glob("*/cpu.*.nbi")]
+    return not kept or max(kept) < source
+
+
+def load() -> None:
+    """Compile the kernels, or load them."""
+    import streammerge.kernels.cpu  # noqa: F401

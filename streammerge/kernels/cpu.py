@@ -17,6 +17,8 @@ from streammerge.kernels.cache import CACHED
 _f32 = types.float32[::1]
 _f64 = types.float64[::1]
 _u16 = types.uint16[::1]
+# As mapped: not writable, and at any offset, since the format promises no alignment.
+_mapped_u16 = types.Array(types.uint16, 1, "C", readonly=True, aligned=False)
 _u32 = types.uint32[::1]
 _i64 = types.int64
 _rows = types.float32[:, ::1]
@@ -25,7 +27,7 @@ _rows = types.float32[:, ::1]
 BLOCK = 512
 
 
-@njit(types.void(_u16, _f32), cache=CACHED, nogil=True)
+@njit(types.void(_mapped_u16, _f32), cache=CACHED, nogil=True)
 def bfloat16_to_float32(bits, out):  # [n], [n]
     as_bits = out.view(np.uint32)
     for i in range(bits.size):

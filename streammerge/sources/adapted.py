@@ -32,6 +32,10 @@ class Adapted:
     def resident_bytes(self) -> int:
         return self._product.resident_bytes + self._rows.resident_bytes
 
+    @property
+    def once_bytes(self) -> int:
+        return self._product.right_bytes + self._rows.once_bytes
+
     def read(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
         self._product.rows(tile, out, scratch)
         rows = scratch.array("adapted", out.shape, np.float32)

@@ -16,6 +16,7 @@ class Dense:
 
     needs_base = True
     resident_bytes = 0
+    once_bytes = 0
 
     def __init__(self, files: Files, extent: Extent) -> None:
         self._files = files

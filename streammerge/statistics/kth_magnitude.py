@@ -35,6 +35,8 @@ BINS = 1 << 16
 _MOST_KEYS = 1 << 15
 # Tensors smaller than this are not worth a sample: everything is inside the bracket.
 _SAMPLE_FROM = 1 << 15
+# Every eighth row, within these bounds: reading a row of a full model reads all its columns.
+_LEAST_ROWS = 64
 _SAMPLE_ROWS = 1024
 _SAMPLE_COLS = 256
 # Low-rank deltas are clustered by rows, so the spread is taken between rows; an estimate that
@@ -119,8 +121,9 @@ class SampledBracket:
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
         """One thinned tile. The steps are odd, so that they do not beat with head sizes."""
-        row_step = max(1, self._spec.rows // _SAMPLE_ROWS) | 1
-        col_step = max(1, self._spec.cols // _SAMPLE_COLS) | 1
+        rows = max(_LEAST_ROWS, min(_SAMPLE_ROWS, self._spec.rows // 8))
+        row_step = -(-self._spec.rows // rows) | 1
+        col_step = -(-self._spec.cols // _SAMPLE_COLS) | 1
         return [Tile(0, self._spec.rows, row_step, col_step)]
 
     def measure(self, stack: DeltaStack, scratch: Scratch) -> dict[int, Keys]:

@@ -56,6 +56,7 @@ class Files:
         self._io = io
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _Handle] = OrderedDict()
+        self.read_bytes = 0  # of tensors, so far
 
     def __reduce__(self) -> tuple[type[Files], tuple[Mapping[str, Stamp], Io]]:
         return Files, (self._stamps, self._io)
@@ -65,6 +66,7 @@ class Files:
         """The stored bytes of a tile, row after row, valid inside the `with`."""
         spec = extent.spec
         row_bytes = spec.cols * spec.dtype.itemsize
+        self._count(tile.shape(spec)[0] * row_bytes)
         with self._borrow(extent.path) as handle:
             if tile.row_step > 1 or tile.col_step > 1:
                 yield self._sample(handle, extent, tile, scratch)
@@ -87,6 +89,7 @@ class Files:
         size = extent.spec.dtype.itemsize
         row_bytes = extent.spec.cols * size
         length = len(cols) * size
+        self._count(len(rows) * length)
         with self._borrow(extent.path) as handle:
             if length == row_bytes and rows.step == 1:
                 start = extent.offset + rows.start * row_bytes
@@ -98,8 +101,9 @@ class Files:
                 _read_into(handle.descriptor, extent.path, start, target)
 
     @contextmanager
-    def descriptor(self, path: str) -> Iterator[int]:
-        """The file's descriptor, for copies inside the kernel."""
+    def descriptor(self, path: str, length: int) -> Iterator[int]:
+        """The file's descriptor, for a copy of `length` bytes inside the kernel."""
+        self._count(length)
         with self._borrow(path) as handle:
             yield handle.descriptor
 
@@ -108,6 +112,10 @@ class Files:
             for handle in self._open.values():
                 _close(handle)
             self._open.clear()
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.read_bytes += nbytes
 
     def _sample(self, handle: _Handle, extent: Extent, tile: Tile, scratch: Scratch) -> RawBytes:
         """A thinned tile, read and never mapped: each touched row would map its surroundings."""

@@ -11,15 +11,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
+
 from streammerge.errors import BadInput, InputMissing, StorageError
-from streammerge.storage import header as module
 from streammerge.storage.header import TensorTable, read_header, read_small
 from streammerge.words import DType, Extent, TensorSpec
 from tests.makers import frame, header_of, write_safetensors
@@ -99,9 +97,7 @@ def test_the_digest_covers_the_header_alone(file: Path, tmp_path: Path) -> None:
 def test_iterates_in_file_order_whatever_the_order_of_the_header(file: Path) -> None:
     header = header_of(TENSORS)
     file.write_bytes(frame(dict(reversed(header.items())), bytes(40)))
-    assert list(read_header(file).tensors) == ["model.w", "model.b", "none", "steps"] or list(
-        read_header(file).tensors
-    ) == list(TENSORS)
+    assert list(read_header(file).tensors) == list(TENSORS)
 
 
 def test_no_tensors_and_padding_are_legal(file: Path) -> None:
@@ -151,11 +147,11 @@ def test_the_table_is_a_mapping(file: Path) -> None:
 
 def test_sixty_thousand_tensors_in_a_second_or_so(file: Path) -> None:
     names = (f"model.layers.{i // 768}.mlp.experts.{i % 768}.w.weight" for i in range(60_000))
-    write_safetensors(file, {name: ("BF16", (2, 2), b"12345678") for name in names})
+    write_safetensors(file, dict.fromkeys(names, ("BF16", (2, 2), b"12345678")))
     begin = time.process_time()
     header = read_header(file)
     assert len(header.tensors) == 60_000
-    assert time.process_time() - begin < 3  # 0.5 s measured; room for a loaded machine
+    assert time.process_time() - begin < 3  # 1.1 s measured; room for a loaded machine
 
 
 def test_needs_neither_numpy_nor_torch() -> None:
@@ -216,7 +212,7 @@ def test_fifo_put_there_between_stat_and_open_does_not_block(
 ) -> None:
     os.mkfifo(file)
     regular = os.stat(__file__)
-    monkeypatch.setattr(module.os, "stat", lambda _: regular)
+    monkeypatch.setattr(os, "stat", lambda _: regular)
     refused(file, "a FIFO")
 
 
@@ -239,45 +235,40 @@ def test_faults_of_opening(
     def fail(*_: object) -> int:
         raise OSError(code, "made up")
 
-    monkeypatch.setattr(module.os, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(kind) as caught:
         read_header(file)
     assert str(file) in str(caught.value)
     assert os.strerror(code) in str(caught.value)
 
 
-def test_fault_of_reading_names_the_file_and_closes_it(
+def test_a_fault_of_reading_names_the_file_and_closes_it(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_safetensors(file, TENSORS)
-    with descriptors_kept():
-        with monkeypatch.context() as patch, pytest.raises(StorageError, match="Input/output"):
-            patch.setattr(module.os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "x")))
-            read_header(file)
-        file.write_bytes(b"no")
-        refused(file)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(5, "made up")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(StorageError, match="Input/output error"):
+        read_header(file)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_short_reads_are_continued(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_safetensors(file, TENSORS)
     whole, pread = read_header(file), os.pread
-    monkeypatch.setattr(module.os, "pread", lambda fd, n, at: pread(fd, min(n, 3), at))
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 3), at))
     assert read_header(file) == whole
 
 
 def test_a_file_that_shrinks_while_it_is_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_safetensors(file, TENSORS)
     pread = os.pread
-    monkeypatch.setattr(module.os, "pread", lambda fd, n, at: pread(fd, n, at)[:50])
-    monkeypatch.setattr(module, "_pread", lambda fd, n, at: module.os.pread(fd, n, at))
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 50 - at), at))
     refused(file, "shrank", "50 bytes")
-
-
-@contextmanager
-def descriptors_kept() -> Iterator[None]:
-    before = os.listdir("/proc/self/fd")
-    yield
-    assert os.listdir("/proc/self/fd") == before
 
 
 def test_small_files_have_a_limit(file: Path) -> None:
@@ -417,7 +408,7 @@ def test_a_surrogate_pair_is_a_character(file: Path) -> None:
         (entry(offsets=[0, 2**64]), ("malformed data_offsets",)),
         (entry(offsets=[0, 2**63 - 1]), ("past the end of the file",)),
         (entry(shape=[3], offsets=[0, 3]), ("past the end", "1 too few", "at least 3")),
-        (entry(shape=[1], offsets=[0, 1]), ("1 bytes at the end belong to no tensor",)),
+        (entry(shape=[1], offsets=[0, 1]), ("1 bytes at the end are no tensor's",)),
         (entry(shape=[1], offsets=[1, 2]), ("leaves a hole after the header", "byte 1", "byte 0")),
     ],
 )
@@ -472,12 +463,9 @@ def test_bad_names(file: Path, name: str, words: tuple[str, ...]) -> None:
     refused(file, *words)
 
 
-def test_messages_stay_short_whatever_the_file_holds(file: Path) -> None:
-    deep: Any = []
-    for _ in range(200):
-        deep = [deep] * 2
-    for info in (deep, {"dtype": "x" * 10**6}, [0] * 10**6):
-        file.write_bytes(frame({"n" * 4000: info if info is not deep else [[[[[[[[[]]]]]]]]]}, b""))
-        with pytest.raises(BadInput) as caught:
-            read_header(file)
-        assert len(str(caught.value)) < 1000 + len(str(file))
+@pytest.mark.parametrize("info", [{"dtype": "x" * 10**6}, [0] * 10**6, [[[[[[[[[[]]]]]]]]]]])
+def test_messages_stay_short_whatever_the_file_holds(file: Path, info: Any) -> None:
+    file.write_bytes(frame({"n" * 4000: info}, b""))
+    with pytest.raises(BadInput) as caught:
+        read_header(file)
+    assert len(str(caught.value)) < 1000 + len(str(file))

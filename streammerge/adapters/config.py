@@ -1,0 +1,169 @@
+"""adapter_config.json, read strictly: the fields that decide what a LoRA adds to its base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from streammerge.adapters.fields import IGNORED, is_off, refused_fields, refused_type
+from streammerge.errors import BadInput, Problems, StreammergeError
+from streammerge.storage.header import parse_json, read_small, show
+
+_Value = TypeVar("_Value")
+
+# EVA writes a rank for every module, some 100 KB for a large model; a file far beyond that is
+# something else under this name.
+MOST_BYTES: Final = 16 << 20
+_SAVE_AGAIN: Final = "save the adapter again with PEFT, or correct the field by hand"
+
+
+@dataclass(frozen=True, slots=True)
+class Patterns:
+    """Values of single modules: the first pattern that matches, in the order of the file."""
+
+    entries: tuple[tuple[re.Pattern[str], float], ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> Patterns:
+        """From a config's dictionary of patterns.
+
+        Raises re.error when a pattern is no regular expression.
+        """
+        return cls(tuple((re.compile(rf"(.*\.)?({key})$"), one) for key, one in values.items()))
+
+    def lookup(self, module: str, default: float) -> float:
+        """The value that applies to a module, `default` where no pattern matches."""
+        return next((value for key, value in self.entries if key.match(module)), default)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """What decides the numbers of a LoRA adapter; the defaults are those of PEFT.
+
+    `alpha` over the rank (or its square root, for rank-stabilised LoRA) scales the product of the
+    factors. `fan_in_fan_out` is what the last wrapped layer said and only a last resort.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: Patterns = Patterns()
+    alpha_pattern: Patterns = Patterns()
+    fan_in_fan_out: bool = False
+    base_model_name_or_path: str | None = None
+    peft_version: str | None = None
+    ignored: tuple[str, ...] = ()  # fields that are set and steered the training only
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a module, named as the adapter names it."""
+        return int(self.rank_pattern.lookup(module, self.r))
+
+    def scale(self, module: str) -> float:
+        """The factor s of `s * B @ A`: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+        Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+        """
+        rank = self.rank(module)
+        divisor = math.sqrt(rank) if self.use_rslora else rank
+        return self.alpha_pattern.lookup(module, self.alpha) / divisor
+
+
+def read_config(path: Path, problems: Problems) -> LoraConfig | None:
+    """Read an adapter's config; what is wrong with it goes to `problems`, and None comes back."""
+    before = len(problems)
+    try:
+        raw = parse_json(read_small(str(path), MOST_BYTES), str(path), "the adapter's config")
+    except StreammergeError as problem:
+        problems.add(problem)
+        return None
+    other_kind = refused_type(raw.get("peft_type"), str(path))
+    if other_kind is not None:
+        problems.add(other_kind)
+        return None
+    for refused in refused_fields(raw, str(path)):
+        problems.add(refused)
+    config = _Fields(raw, str(path), problems).config()
+    return config if len(problems) == before else None
+
+
+# ---------------------------------------------------------------------------------------- fields
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _all(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+class _Fields:
+    """Takes typed fields from the raw config; those of a wrong type become problems."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str, problems: Problems) -> None:
+        self._raw = raw
+        self._where = where
+        self._problems = problems
+
+    def config(self) -> LoraConfig:
+        count, number = "a positive whole number", "a number, finite and of sensible size"
+        return LoraConfig(
+            r=self._take("r", 8, _is_count, count),
+            alpha=self._take("lora_alpha", 8.0, _is_number, number),
+            use_rslora=self._take("use_rslora", False, _is_flag, "true or false"),
+            rank_pattern=self._patterns("rank_pattern", _is_count, count),
+            alpha_pattern=self._patterns("alpha_pattern", _is_number, number),
+            fan_in_fan_out=self._take("fan_in_fan_out", False, _is_flag, "true or false"),
+            base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
+            peft_version=self._take("peft_version", None, _is_name, "a version"),
+            ignored=tuple(
+                key for key in self._raw if key in IGNORED and not is_off(self._raw[key])
+            ),
+        )
+
+    def _take(
+        self, key: str, default: _Value, fits: Callable[[object], bool], expected: str
+    ) -> _Value:
+        value: _Value = self._raw.get(key, default)
+        if value is None and not default:  # null says the same as a default that says nothing
+            return default
+        if fits(value):
+            return value
+        self._refuse(key, show(value), expected)
+        return default
+
+    def _patterns(self, key: str, fits: Callable[[object], bool], expected: str) -> Patterns:
+        empty: dict[str, float] = {}
+        values = self._take(key, empty, _all(fits), f"module patterns, each with {expected}")
+        try:
+            return Patterns.of(values)
+        except re.error as error:
+            self._refuse(key, f"{error.pattern!r}: {error}", "regular expressions on module names")
+            return Patterns()
+
+    def _refuse(self, key: str, found: str, expected: str) -> None:
+        self._problems.add(
+            BadInput(
+                f"the field `{key}` cannot be used",
+                where=self._where,
+                found=found,
+                expected=expected,
+                remedy=_SAVE_AGAIN,
+            )
+        )

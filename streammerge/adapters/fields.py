@@ -1,0 +1,255 @@
+"""The fields of adapter_config.json that ask for more than plain LoRA, and the ones that do not.
+
+The tables follow PEFT 0.21.2 (`peft.LoraConfig`, `peft.PeftType`). A field that changes what the
+adapter computes is refused by name, never half applied; a field that only steered the training
+is ignored; a field that nothing here knows is ignored only where it is switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streammerge.adapters.faults import MERGE_FIRST
+from streammerge.errors import BadInput
+from streammerge.storage.header import show
+
+_NOT_ONE_WEIGHT: Final = (
+    "leave it out: no merged weight computes the same; serve it with PEFT beside the merged model"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A field that asks for more than plain LoRA, unless it is off or has a `plain` value."""
+
+    field: str
+    what: str
+    why: str
+    remedy: str = MERGE_FIRST
+    plain: tuple[object, ...] = ()
+
+
+EXTRAS: Final = (
+    Extra(
+        "use_dora",
+        "DoRA",
+        "it rescales every row of the adapted weight to a length of its own, so the update is no "
+        "low-rank product; not supported yet",
+    ),
+    Extra(
+        "lora_bias",
+        "a trained bias of lora_B",
+        "it changes the bias of the layer beside the weight; not supported yet",
+    ),
+    Extra(
+        "bias",
+        "trained biases",
+        "they replace the biases of the base; not supported yet",
+        plain=("none",),
+    ),
+    Extra(
+        "modules_to_save",
+        "modules trained in full",
+        "they replace tensors of the base instead of adding to them; not supported yet",
+    ),
+    Extra(
+        "trainable_token_indices",
+        "trainable tokens",
+        "they replace rows of the embedding; not supported yet",
+    ),
+    Extra(
+        "target_parameters",
+        "LoRA on stacked parameters such as experts",
+        "the factors of all experts are interleaved in one tensor; not supported yet",
+    ),
+    Extra(
+        "layer_replication",
+        "layer replication",
+        "the adapter belongs to a model with more layers than the base stores",
+    ),
+    Extra(
+        "use_qalora",
+        "QA-LoRA",
+        "its inputs are pooled in groups, so its factors do not have the shape of the weight",
+        "leave it out: it belongs to its quantised base; train a plain LoRA to merge it",
+    ),
+    Extra(
+        "alora_invocation_tokens",
+        "activated LoRA (aLoRA)",
+        "it acts only on the tokens after its invocation tokens",
+        _NOT_ONE_WEIGHT,
+    ),
+    Extra(
+        "arrow_config",
+        "Arrow routing",
+        "it chooses among adapters token by token",
+        _NOT_ONE_WEIGHT,
+    ),
+    Extra(
+        "use_bdlora",
+        "block-diagonal LoRA (BD-LoRA)",
+        "its factors are stored as packed blocks, not as the matrices of a product",
+    ),
+    Extra(
+        "kasa_config",
+        "KaSA",
+        "it cuts the smallest singular values off the base when training starts",
+    ),
+    Extra(
+        "megatron_config",
+        "LoRA on Megatron's parallel layers",
+        "its tensors follow Megatron's layout, not that of the base",
+        "convert model and adapter to the Hugging Face layout first",
+    ),
+    Extra(
+        "init_lora_weights",
+        "this initialisation",
+        "PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the base when training starts, so the "
+        "adapter is the difference from that changed base and not from this one; only true, "
+        "false, gaussian, eva, orthogonal and mica leave the base as it is",
+        "convert it to plain LoRA in PEFT: save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...); or merge it there into the changed base",
+        plain=(True, "gaussian", "eva", "orthogonal", "mica"),
+    ),
+    Extra(
+        "ensure_weight_tying",
+        "an adapter that is shared by the embedding and the head",
+        "one pair of factors changes two tensors; not supported yet",
+    ),
+)
+
+# Steered the training and nothing else. The configs of an initialisation stand here because
+# `init_lora_weights` decides: PEFT leaves them in place when it converts to plain LoRA. VeLoRA
+# changes only the backward pass; MonteCLoRA samples in training and merges as plain LoRA.
+IGNORED: Final = frozenset(
+    [
+        "task_type",
+        "auto_mapping",
+        "revision",
+        "inference_mode",
+        "runtime_config",
+        "target_modules",
+        "exclude_modules",
+        "lora_dropout",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "monteclora_config",
+    ]
+)
+
+USED: Final = frozenset(
+    [
+        "peft_type",
+        "peft_version",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+    ]
+)
+
+# Adapters that change no weight: there is nothing to merge.
+NO_WEIGHTS: Final = {
+    "PROMPT_TUNING": "prompt tuning",
+    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
+    "P_TUNING": "P-tuning",
+    "PREFIX_TUNING": "prefix tuning",
+    "ADAPTION_PROMPT": "LLaMA-Adapter prompts",
+    "CPT": "context-aware prompt tuning",
+    "CARTRIDGE": "cartridges",
+    "XLORA": "X-LoRA, which mixes adapters token by token",
+    "POLY": "Poly, which mixes adapters task by task",
+}
+
+# Adapters that change weights in another way than LoRA does; others keep the name PEFT gives them.
+OTHER_WEIGHTS: Final = {
+    "ADALORA": "AdaLoRA",
+    "IA3": "IA3",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "OFT": "OFT",
+    "BOFT": "BOFT",
+    "HRA": "HRA",
+    "VERA": "VeRA",
+    "PVERA": "PVeRA",
+    "VBLORA": "VB-LoRA",
+    "RANDLORA": "RandLoRA",
+    "FOURIERFT": "FourierFT",
+    "WAVEFT": "WaveFT",
+    "DELORA": "DeLoRA",
+    "GRALORA": "GraLoRA",
+    "TINYLORA": "TinyLoRA",
+    "UNILORA": "Uni-LoRA",
+    "HIRA": "HiRA",
+    "SHIRA": "SHiRA",
+    "MISS": "MiSS",
+    "BONE": "Bone",
+    "C3A": "C3A",
+    "ROAD": "RoAd",
+    "LN_TUNING": "trained layer norms",
+    "TRAINABLE_TOKENS": "trainable tokens",
+}
+
+
+def is_off(value: object) -> bool:
+    """Whether a field says nothing: null, false, or empty."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def refused_fields(raw: Mapping[str, Any], where: str) -> Iterator[BadInput]:
+    """What the config of a LoRA asks for that is not merged, each field by its name."""
+    for extra in EXTRAS:
+        value = raw.get(extra.field)
+        said = value.lower() if isinstance(value, str) else value
+        if not is_off(value) and said not in extra.plain:
+            yield BadInput(
+                f"{extra.what} cannot be merged: {extra.why}",
+                where=where,
+                found=f"{extra.field}: {show(value)}",
+                remedy=extra.remedy,
+            )
+    known = USED | IGNORED | {extra.field for extra in EXTRAS}
+    for field, value in raw.items():
+        if field not in known and not is_off(value):
+            yield BadInput(
+                f"the field {show(field)} is not known, so what it changes cannot be honoured",
+                where=where,
+                found=f"{field}: {show(value)}",
+                expected="a field of PEFT 0.21.2's LoraConfig, or a value that switches it off",
+                remedy=f"if it changed only the training, remove it from the file; if not, "
+                f"{MERGE_FIRST}",
+            )
+
+
+def refused_type(peft_type: object, where: str) -> BadInput | None:
+    """The refusal of every kind of adapter but LoRA, under the name people know it by."""
+    if peft_type == "LORA":
+        return None
+    if not isinstance(peft_type, str):
+        return BadInput(
+            "`peft_type` does not say what kind of adapter this is",
+            where=where,
+            found=show(peft_type),
+            expected='"LORA"',
+            remedy="save the adapter again with PEFT, which writes it",
+        )
+    in_words = NO_WEIGHTS.get(peft_type) or OTHER_WEIGHTS.get(peft_type, show(peft_type))
+    return BadInput(
+        f"only LoRA adapters are merged; this one is {in_words}",
+        where=where,
+        found=f"peft_type: {show(peft_type)}",
+        expected='"LORA"',
+        remedy=_NOT_ONE_WEIGHT if peft_type in NO_WEIGHTS else f"if PEFT can, {MERGE_FIRST}",
+    )

@@ -1,0 +1,147 @@
+"""Which tensor of the base each module of an adapter means, where the names differ a little.
+
+An adapter that was trained on the body of a model, under an older transformers, or on the text
+half of a vision-language model carries names whose leading parts differ from the base's. One
+change of leading parts, the same for all modules, is tried, and taken only if every module then
+names exactly one tensor: half an adapter is worse than none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Final
+
+from streammerge.adapters.faults import NAMES_SHOWN, Fault, Findings
+from streammerge.storage.header import show
+
+_SUFFIX: Final = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A change of leading parts: the first prefix that fits is replaced, other names stay."""
+
+    about: str
+    prefixes: tuple[tuple[str, str], ...]
+
+    def apply(self, module: str) -> str:
+        """The module's name after the move."""
+        for old, new in self.prefixes:
+            if module.startswith(old):
+                return new + module.removeprefix(old)
+        return module
+
+
+# The head stands beside the body, so a prefix that the body gains or loses is not the head's.
+_HEAD: Final = ("lm_head", "lm_head")
+AS_THEY_ARE: Final = Move("as they are", ())
+MOVES: Final = (
+    Move("without `model.`", (("model.", ""),)),
+    Move("without `transformer.`", (("transformer.", ""),)),
+    Move("without `language_model.`", (("language_model.", ""),)),
+    Move("with `model.` in front", (_HEAD, ("", "model."))),
+    Move("with `transformer.` in front", (_HEAD, ("", "transformer."))),
+    Move("with `language_model.` in front", (("", "language_model."),)),
+    # transformers 4.52 drew the parts of vision-language models together under `model.`, for the
+    # LLaVA family and for Qwen2-VL in different ways; files on disk mostly keep the older names.
+    Move(
+        "moved as transformers 4.52 did for the LLaVA family",
+        (
+            ("language_model.lm_head", "lm_head"),
+            ("language_model.model.", "model.language_model."),
+            ("", "model."),
+        ),
+    ),
+    Move(
+        "moved back to what the LLaVA family was before transformers 4.52",
+        (
+            ("lm_head", "language_model.lm_head"),
+            ("model.language_model.", "language_model.model."),
+            ("model.", ""),
+        ),
+    ),
+    Move(
+        "moved as transformers 4.52 did for Qwen2-VL",
+        (("visual.", "model.visual."), ("model.", "model.language_model.")),
+    ),
+    Move(
+        "moved back to what Qwen2-VL was before transformers 4.52",
+        (("model.visual.", "visual."), ("model.language_model.", "model.")),
+    ),
+)
+
+_AMBIGUOUS: Final = Fault(
+    "modules whose names fit two sets of tensors of the base",
+    "names that fit one set of tensors",
+    "rename the adapter's tensors so that they equal the base's",
+)
+
+
+def find_tensors(
+    modules: Sequence[str], base: Mapping[str, object], findings: Findings, named_base: str | None
+) -> tuple[Mapping[str, str], Move]:
+    """The base tensor of each module, and how its name was found.
+
+    Modules that name no tensor are missing from the mapping and go to `findings`, with the nearest
+    names. `named_base` is the base that the adapter's config names, for the remedy.
+    """
+    exact = _reach(AS_THEY_ARE, modules, base)
+    if len(exact) == len(modules):
+        return exact, AS_THEY_ARE
+    tried = [(_reach(move, modules, base), move) for move in MOVES]
+    moved = [one for one in tried if len(set(one[0].values())) == len(one[0])]  # none named twice
+    complete = [one for one in moved if len(one[0]) == len(modules)]
+    if any(found != complete[0][0] for found, _ in complete):
+        for found, move in complete:
+            findings.add(_AMBIGUOUS, f"{modules[0]} -> {found[modules[0]]} ({move.about})")
+    if complete:
+        return complete[0]
+    best = max([(exact, AS_THEY_ARE), *moved], key=lambda one: len(one[0]))
+    _report_missing(modules, best, base, findings, named_base)
+    return best
+
+
+def _reach(move: Move, modules: Sequence[str], base: Mapping[str, object]) -> dict[str, str]:
+    renamed = ((module, move.apply(module) + _SUFFIX) for module in modules)
+    return {module: tensor for module, tensor in renamed if tensor in base}
+
+
+def _report_missing(
+    modules: Sequence[str],
+    best: tuple[Mapping[str, str], Move],
+    base: Mapping[str, object],
+    findings: Findings,
+    named_base: str | None,
+) -> None:
+    found, move = best
+    missing = [module for module in modules if module not in found]
+    trained_on = f"; it was trained on {show(named_base)}" if named_base else ""
+    fault = Fault(
+        f"of {len(modules)} modules of the adapter, {len(missing)} name no tensor of the base",
+        "one change of leading parts, the same for all modules, after which each names one tensor",
+        f"check that the adapter belongs to this base{trained_on}",
+    )
+    for place, module in enumerate(missing):
+        near = nearest(move.apply(module) + _SUFFIX, base) if place < NAMES_SHOWN else []
+        findings.add(fault, f"{module} (nearest: {', '.join(near) or 'none'})")
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like `name`: most equal parts at both ends first, then most alike as text."""
+    parts = name.split(".")
+
+    def equal_ends(candidate: str) -> int:
+        other = candidate.split(".")
+        return _equal(parts, other) + _equal(parts[::-1], other[::-1])
+
+    # Comparing as text costs 0.1 ms a name, and a model of experts has 60,000 of them.
+    close = heapq.nlargest(50, candidates, key=equal_ends)
+    return difflib.get_close_matches(name, close, n=count, cutoff=0.0)
+
+
+def _equal(one: Sequence[str], other: Sequence[str]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,0 +1,144 @@
+"""From an adapter's folder to the updates of a base's tensors: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from streammerge.adapters.faults import Fault, Findings
+from streammerge.adapters.folder import AdapterFolder
+from streammerge.adapters.keys import Pair, sort_tensors
+from streammerge.adapters.lora import LoraAdapter, Orientation, fits
+from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors
+from streammerge.errors import BadInput, Problems
+from streammerge.storage.header import show
+from streammerge.words import Extent
+
+HEAD: Final = "lm_head"
+
+_TIED_HEAD: Final = Fault(
+    "LoRA on a head that shares its weight with the embedding, which cannot be merged yet",
+    "layers with a weight of their own: adding to the shared one would change the embedding too",
+    "untie the base first (tie_word_embeddings: false, with lm_head.weight stored), or train "
+    "without the head",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedAdapter:
+    """An adapter and the update that it makes to each tensor of a base it touches."""
+
+    folder: AdapterFolder
+    updates: Mapping[str, LoraAdapter]  # by the base tensor's name, in the base's order
+    notes: tuple[str, ...]  # the folder's, and what finding the tensors adds
+
+
+def resolve_adapter(
+    folder: AdapterFolder, base: Mapping[str, Extent], base_config: Mapping[str, Any]
+) -> ResolvedAdapter:
+    """Find the base tensor of every tensor of an adapter, and check that each fits.
+
+    `base` is the base's tensors in file order, `base_config` its config.json. Raises BadInput, or
+    Refused with every kind of problem, unless all tensors of the adapter can be applied.
+    """
+    findings = Findings(folder.header.path)
+    contents = sort_tensors(folder.header.tensors, findings)
+    pairs = list(_own_weights(contents.pairs, base, base_config, findings))
+    modules = [pair.module for pair in pairs]
+    named_base = folder.config.base_model_name_or_path
+    tensors, move = find_tensors(modules, base, findings, named_base)
+    targets = [(pair, base[tensors[pair.module]]) for pair in pairs if pair.module in tensors]
+    sound = [one for one in targets if fits(*one, folder.config, findings)]
+    _raise_any(findings, folder, bool(pairs))
+    updates = _updates(folder, sound, Orientation(sound, base_config, folder.config))
+    notes = [*folder.notes, *_notes(folder, updates, base, move, contents.training_state)]
+    in_order = {name: updates[name] for name in base if name in updates}
+    return ResolvedAdapter(folder, in_order, tuple(notes))
+
+
+def _own_weights(
+    pairs: Sequence[Pair],
+    base: Mapping[str, Extent],
+    base_config: Mapping[str, Any],
+    findings: Findings,
+) -> Iterator[Pair]:
+    """The pairs without those on a tied head, which go to `findings`."""
+    heads = [pair for pair in pairs if pair.module.rpartition(".")[2] == HEAD]
+    tied = bool(heads) and _head_is_tied(base, base_config)
+    for pair in pairs:
+        if tied and pair in heads:
+            findings.add(_TIED_HEAD, pair.module)
+        else:
+            yield pair
+
+
+def _head_is_tied(base: Mapping[str, Extent], config: Mapping[str, Any]) -> bool:
+    """Whether the base's head is its embedding; where the config is silent, the file decides."""
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    said = {config.get("tie_word_embeddings"), nested}
+    stored = any(name.endswith(f"{HEAD}.weight") for name in base)
+    return True in said or (False not in said and not stored)
+
+
+def _raise_any(findings: Findings, folder: AdapterFolder, any_pairs: bool) -> None:
+    problems = Problems()
+    findings.report(problems)
+    if not any_pairs and not problems:
+        problems.add(
+            BadInput(
+                "the adapter holds no LoRA tensors",
+                where=folder.header.path,
+                found=f"{len(folder.header.tensors)} tensors",
+                expected="<module>.lora_A.weight and <module>.lora_B.weight",
+                remedy="check that training had target_modules, and save the adapter again",
+            )
+        )
+    problems.raise_any()
+
+
+def _updates(
+    folder: AdapterFolder, targets: Sequence[tuple[Pair, Extent]], orientation: Orientation
+) -> dict[str, LoraAdapter]:
+    return {
+        target.spec.name: LoraAdapter(
+            tensor=target.spec.name,
+            module=pair.module,
+            scale=folder.config.scale(pair.module),
+            a=pair.a,
+            b=pair.b,
+            transposed=orientation.transposed(pair, target),
+        )
+        for pair, target in targets
+    }
+
+
+# ----------------------------------------------------------------------------------------- notes
+
+
+def _notes(
+    folder: AdapterFolder,
+    updates: Mapping[str, LoraAdapter],
+    base: Mapping[str, Extent],
+    move: Move,
+    training_state: int,
+) -> Iterator[str]:
+    named = folder.config.base_model_name_or_path
+    if named and not _is_folder_of(base, named):
+        yield f"its config names {show(named)} as the base; names and shapes fit this one"
+    if move is not AS_THEY_ARE:
+        yield f"its tensor names fit the base's {move.about}"
+    if training_state:
+        yield f"{training_state} tensors acted in training only and change no weight"
+    silent = sum(1 for update in updates.values() if update.scale == 0)
+    if silent:
+        yield f"alpha is 0 for {silent} of its {len(updates)} tensors: these stay unchanged"
+
+
+def _is_folder_of(base: Mapping[str, Extent], named: str) -> bool:
+    """Whether the base's folder carries the name, plainly or as the hub's cache writes it."""
+    folder = Path(next(iter(base.values())).path).parent
+    cached = f"models--{named.replace('/', '--')}"
+    return Path(named).name == folder.name or cached in folder.parts

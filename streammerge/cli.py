@@ -1,0 +1,303 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from streammerge import __version__
+from streammerge.errors import OutputRefused, Problems, Refused, StreammergeError
+
+if TYPE_CHECKING:
+    from streammerge.planning import Plan
+    from streammerge.recipe import Recipe
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+INTERRUPTED = 75
+BUG = 70
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="streammerge")
+def cli() -> None:
+    """Merge language models and LoRA adapters on a small machine.
+
+    The merge streams through memory tile by tile, so it runs in a few hundred MiB whatever the
+    size of the model. Start with a recipe (mergekit's YAML files work too):
+
+    \b
+        base_model: ./llama-70b
+        merge_method: ties
+        adapters:
+          - {path: ./lora-math, weight: 0.5, density: 0.6}
+          - {path: ./lora-code, weight: 0.3, density: 0.5}
+
+    \b
+    and run
+        streammerge plan cfg.yaml
+        streammerge merge cfg.yaml --out ./merged
+    """
+
+
+def _recipe_options(command: _F) -> _F:
+    """What `merge` and `plan` share."""
+    options = [
+        click.argument("config", required=False, type=click.Path()),
+        click.option("--base", metavar="DIR", help="The base model, instead of a CONFIG."),
+        click.option(
+            "--adapter",
+            "adapters",
+            multiple=True,
+            metavar="DIR[=WEIGHT]",
+            help="A LoRA adapter of the base; may be given several times.",
+        ),
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            metavar="DIR[=WEIGHT]",
+            help="A full model to merge; may be given several times.",
+        ),
+        click.option("--method", metavar="NAME", help="See `streammerge methods`."),
+        click.option("--dtype", "out_dtype", metavar="NAME", help="Of the output: bfloat16, ..."),
+        click.option("--out", metavar="DIR", help="Where the merged model goes."),
+        click.option(
+            "--cache",
+            metavar="DIR",
+            envvar="STREAMMERGE_CACHE",
+            help="Scratch space, for what does not fit in memory. Optional.",
+        ),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="The most memory to use, e.g. 512MiB or 2GiB. Default: half of what is free.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu"]),
+            default="auto",
+            show_default=True,
+            help="Where to compute.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs."),
+        click.option(
+            "--io",
+            type=click.Choice(["auto", "mmap", "read"]),
+            default="auto",
+            show_default=True,
+            help="How inputs are read; auto maps local files and reads network ones.",
+        ),
+        click.option("--shard-size", metavar="SIZE", help="Largest output file. Default: the base's."),
+        click.option("--seed", type=int, help="For methods that draw random numbers."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_recipe_options
+@click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
+@click.option("--quiet", is_flag=True, help="No progress and no notes.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How progress and notes are written on standard error.",
+)
+def merge(
+    config: str | None, quiet: bool, log_format: str, force: bool, as_json: bool, **options: Any
+) -> None:
+    """Merge as the recipe CONFIG says, or as the options say.
+
+    \b
+        streammerge merge cfg.yaml --out ./merged --memory 1GiB
+        streammerge merge --base ./llama --adapter ./math=0.7 --adapter ./code=0.3 \\
+                          --method ties --out ./merged
+    """
+    recipe = _recipe(config, options, echo=not quiet)
+    from streammerge import engine, progress
+
+    with progress.reporter(quiet=quiet, log_format=log_format) as emit:
+        out = engine.output_folder(recipe, config or recipe, options["out"])
+        made = _plan(recipe, options, emit)
+        emit(progress.planned(made))
+        report = engine.run(made, out, force=force, emit=emit)
+    click.echo(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
+
+
+@cli.command()
+@_recipe_options
+def plan(config: str | None, as_json: bool, **options: Any) -> None:
+    """Say what `merge` would do, without doing it: reads headers only."""
+    recipe = _recipe(config, options, echo=not as_json)
+    from streammerge import progress
+
+    with progress.reporter(quiet=False, log_format="text") as emit:
+        made = _plan(recipe, options, emit)
+    click.echo(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path())
+@click.option("--base", metavar="DIR", help="The base that an adapter would be applied to.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def inspect(paths: Sequence[str], base: str | None, as_json: bool) -> None:
+    """Say what model and adapter folders hold; reads headers only."""
+    from streammerge.commands.inspect import describe, examine
+
+    found = [examine(path, base) for path in paths]
+    click.echo(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def methods(name: str | None, as_json: bool) -> None:
+    """List the merge methods, or explain one."""
+    from streammerge.commands.methods import catalogue, explain, overview
+
+    if as_json:
+        click.echo(json.dumps(catalogue(name)))
+    else:
+        click.echo(explain(name) if name else overview())
+
+
+def _recipe(config: str | None, options: dict[str, Any], *, echo: bool) -> Recipe:
+    """The recipe of a file or of the options; the latter is printed, as a file to keep."""
+    given = [k for k in ("base", "adapters", "models", "method", "out_dtype") if options[k]]
+    if config and given:
+        raise click.UsageError("give a CONFIG, or --base, --adapter, --model and --method; not both")
+    if not config and not options["method"]:
+        raise click.UsageError("give a CONFIG, or --base, --adapter and --method")
+    _prepare(options["cache"])
+    from pathlib import Path
+
+    from streammerge.methods import CATALOGUE
+    from streammerge.recipe import build_recipe, read_recipe, to_yaml
+
+    problems = Problems()
+    if config:
+        recipe = read_recipe(Path(config), CATALOGUE, problems)
+    else:
+        recipe = build_recipe(
+            base=options["base"],
+            adapters=options["adapters"],
+            models=options["models"],
+            method=options["method"],
+            out_dtype=options["out_dtype"],
+            methods=CATALOGUE,
+            problems=problems,
+        )
+    _raise_with_inputs(recipe, problems)
+    assert recipe is not None
+    if not config and echo:
+        click.echo(to_yaml(recipe), err=True)
+    return _override(recipe, options)
+
+
+def _raise_with_inputs(recipe: Recipe | None, problems: Problems) -> None:
+    """Before giving up on a faulty recipe, look for faults of what it names, to say all at once."""
+    if not len(problems):
+        return
+    if recipe is not None:
+        from streammerge.planning.inputs import open_inputs
+
+        open_inputs(recipe, problems)
+    problems.raise_any()
+
+
+def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    """Options win over the recipe."""
+    from dataclasses import replace
+
+    from streammerge.sizes import parse_size
+
+    changes: dict[str, Any] = {}
+    if options["seed"] is not None:
+        changes["seed"] = options["seed"]
+    if options["shard_size"] is not None:
+        changes["shard_bytes"] = parse_size(options["shard_size"])
+    return replace(recipe, **changes) if changes else recipe
+
+
+def _plan(recipe: Recipe, options: dict[str, Any], emit: Any) -> Plan:
+    from streammerge import engine
+
+    memory, threads, io = options["memory"], options["threads"], options["io"]
+    return engine.plan(recipe, memory=memory, threads=threads, io=io, emit=emit)
+
+
+def _prepare(cache: str | None) -> None:
+    """What must be settled before numpy is imported, and before memory is measured."""
+    # One BLAS thread: two give other bits. The pool's threads are the only ones.
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = "1"
+    if cache:
+        try:
+            os.makedirs(cache, exist_ok=True)
+        except OSError as error:
+            raise OutputRefused(
+                f"the cache cannot be created: {error.strerror}",
+                where=cache,
+                remedy="name a folder that you can write to, or leave --cache out",
+            ) from error
+        if not os.access(cache, os.W_OK | os.X_OK):
+            raise OutputRefused(
+                "the cache cannot be written to",
+                where=cache,
+                remedy="name a folder that you can write to, or leave --cache out",
+            )
+        os.environ["STREAMMERGE_CACHE"] = cache
+    from streammerge import system
+
+    system.tune_allocator()
+
+
+def _say(error: StreammergeError, *, as_json: bool) -> None:
+    problems = error.problems if isinstance(error, Refused) else (error,)
+    for problem in problems:
+        if as_json:
+            fields = {"what": problem.what, "where": problem.where and str(problem.where)}
+            rest = {"found": problem.found, "expected": problem.expected, "remedy": problem.remedy}
+            click.echo(json.dumps({"error": {**fields, **rest}}), err=True)
+        else:
+            click.echo(f"error: {problem}", err=True)
+
+
+def main() -> None:
+    """The entry point: errors become messages and exit codes (see `streammerge.errors`)."""
+    as_json = any(a == "--log-format=json" or b == ("--log-format", "json") for a, b in _pairs())
+    try:
+        cli.main(prog_name="streammerge", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was published. Run the same command again.", err=True)
+        sys.exit(INTERRUPTED)
+    except StreammergeError as error:
+        _say(error, as_json=as_json)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # quiet at interpreter exit
+        sys.exit(0)
+    except Exception:
+        traceback.print_exc()
+        click.echo("this is a bug in streammerge; please report the lines above", err=True)
+        sys.exit(BUG)
+
+
+def _pairs() -> list[tuple[str, tuple[str, str]]]:
+    arguments = sys.argv[1:]
+    return [(one, (one, two)) for one, two in zip(arguments, [*arguments[1:], ""], strict=True)]
+

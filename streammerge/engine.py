@@ -1,0 +1,418 @@
+"""The merge: `merge(config)` is `run(plan(config))`, and `work(item)` is what a thread does.
+
+For a tile, `work` makes four calls: the sources' reads and the method inside `merged.merge`, the
+cast, the sink's write; the receipt goes back to the one thread that keeps the record.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from streammerge import __version__, events, kernels, system
+from streammerge.arrays import PerModel
+from streammerge.errors import BadInput, OutputRefused, Problems, StreammergeError
+from streammerge.kernels.casts import narrow, not_finite
+from streammerge.memory import Scratch, default_budget
+from streammerge.methods import CATALOGUE
+from streammerge.planning import MergeJob, Plan, make_plan
+from streammerge.planning.fingerprint import Identity, identify
+from streammerge.recipe import Recipe, read_recipe, to_yaml
+from streammerge.report import Changes, Report
+from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
+from streammerge.sinks.companions import copy_donor_files, write_documents, write_index
+from streammerge.sinks.shards import Receipt, ShardsSink
+from streammerge.sizes import parse_size
+from streammerge.storage.bytesource import Io
+from streammerge.storage.card import license_of, model_card
+from streammerge.storage.journal import Journal
+from streammerge.storage.references import display_name
+from streammerge.storage.rundir import RunDirectory, check_output, finished_record
+from streammerge.words import MethodSpec
+
+PROGRESS_SECONDS = 0.2
+LEAST_BUFFER_CHUNK = 16 << 20
+
+
+# ------------------------------------------------------------------------------------- the faces
+
+
+def plan(
+    config: str | Path | Recipe,
+    *,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    io: Io = "auto",
+    methods: Mapping[str, MethodSpec] = CATALOGUE,
+    emit: events.Emit = events.ignore,
+) -> Plan:
+    """What `merge` would do: opens headers only.
+
+    `config` is the path of a recipe, or a recipe. `memory` bounds the peak resident memory of
+    the process, as bytes or as text such as `2GiB`; without it, half of what is free. `threads`
+    defaults to the CPUs that the process may use. Raises StreammergeError, `Refused` for several
+    problems at once.
+    """
+    problems = Problems()
+    recipe = config
+    if not isinstance(config, Recipe):
+        recipe = read_recipe(Path(config), methods, problems)
+    budget = parse_size(memory) if isinstance(memory, str) else memory
+    warm_up(emit)
+    made = None
+    if isinstance(recipe, Recipe):
+        made = make_plan(
+            recipe,
+            problems,
+            budget_bytes=budget or default_budget(),
+            threads=threads or system.usable_cpus(),
+            io=io,
+        )
+    problems.raise_any()
+    assert made is not None  # else there was a problem
+    return made
+
+
+def merge(
+    config: str | Path | Recipe,
+    *,
+    out: str | Path | None = None,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    io: Io = "auto",
+    force: bool = False,
+    methods: Mapping[str, MethodSpec] = CATALOGUE,
+    emit: events.Emit = events.ignore,
+) -> Report:
+    """Merge as the recipe says, into the folder `out`.
+
+    Without `out`, the recipe's `output`, else a folder named like the recipe in the working
+    directory. `force` replaces an output of another merge. The other arguments are those of
+    `plan`; raises StreammergeError, and then the output is absent, or as it was.
+    """
+    made = plan(config, memory=memory, threads=threads, io=io, methods=methods, emit=emit)
+    return run(made, output_folder(made.recipe, config, out), force=force, emit=emit)
+
+
+def output_folder(recipe: Recipe, config: str | Path | Recipe, out: str | Path | None) -> Path:
+    """Where the output goes: the option, else the recipe's, else the name of its file."""
+    if out is not None:
+        return Path(out).expanduser()
+    if recipe.output is not None:
+        return recipe.folder / Path(recipe.output).expanduser()
+    if isinstance(config, Recipe):
+        raise OutputRefused("no output is named", remedy="say where it goes with --out")
+    return Path(Path(config).stem)
+
+
+def warm_up(emit: events.Emit = events.ignore) -> None:
+    """Load what a merge needs, so that the projection of its memory starts from the truth."""
+    if kernels.will_compile():
+        place = kernels.FOLDER or "nowhere: no place for them can be written"
+        emit(events.Note(f"compiling kernels, once, some seconds; kept in {place}"))
+    kernels.load()
+    ones = np.ones((64, 64), np.float32)
+    np.matmul(ones, ones, out=np.empty_like(ones))
+
+
+def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = events.ignore) -> Report:
+    """Carry out a plan into the folder `out`: complete under its name, or not there."""
+    started = time.monotonic()
+    for warning in plan.warnings:
+        emit(events.Warned(warning))
+    for note in plan.notes:
+        emit(events.Note(note))
+    _refuse_overlap(plan, out)
+    identity = identify(plan.inputs, to_yaml(plan.recipe, portable=True))
+    changes = Changes([model.name for model in plan.inputs.models], plan.applied())
+    already = not force and _is_complete(plan, out, identity)
+    if not already:
+        check_output(out, force=force)
+        _compare_buffers(plan)
+        with threadpool_limits(1, "blas"):
+            _build(plan, out, identity, changes, emit, started)
+    return Report(
+        out=out,
+        already_done=already,
+        changes=changes.result(),
+        tensors=plan.demand.merged_tensors + plan.demand.copied_tensors,
+        read_bytes=plan.files.read_bytes,
+        written_bytes=0 if already else plan.output_bytes(),
+        copied_bytes=0 if already else plan.demand.copied_bytes,
+        seconds=time.monotonic() - started,
+        peak_bytes=system.peak_resident_bytes(),
+        projected_bytes=plan.flight.projected_bytes,
+    )
+
+
+# --------------------------------------------------------------------------------- the main loop
+
+
+def _build(
+    plan: Plan,
+    out: Path,
+    identity: Identity,
+    changes: Changes,
+    emit: events.Emit,
+    started: float,
+) -> None:
+    state = RunDirectory(out)
+    journal = Journal(state.journal, {"fingerprint": identity.fingerprint})
+    sink = ShardsSink(state.output, plan.layouts, journal)
+    worker = Worker(plan, sink)
+    meter = _Meter(plan, emit, started)
+    try:
+        with ThreadPoolExecutor(plan.flight.threads, "worker") as pool:
+            flight = plan.flight
+            courses = (
+                Course(job, flight.state_bytes, flight.parts_ahead) for job in plan.jobs()
+            )
+            finished = drive(
+                courses,
+                lambda item: pool.submit(worker.work, item),
+                capacity=2 * flight.threads,
+                window=flight.window,
+            )
+            for item, result in finished:
+                _note_down(item, result, sink, changes, plan)
+                meter.count(item)
+        sink.commit()
+    except BaseException:
+        sink.abandon()
+        journal.close()
+        state.close()
+        raise
+    finally:
+        plan.files.close()
+    _write_companions(plan, state.output, identity, sink, changes)
+    journal.append([{"published": True}])
+    journal.close()
+    state.publish()
+
+
+def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes, plan: Plan) -> None:
+    """Keep the record of a finished item; only the main thread does."""
+    if isinstance(item, Merge):
+        receipt, norms = result
+        sink.record(receipt)
+        changes.add(receipt.tensor, item.index, item.pieces, item.job.models, norms)
+    elif isinstance(item, Copy):
+        sink.record(result)
+        for index, model in enumerate(plan.inputs.models):
+            own = any(shard.path == item.job.source.path for shard in model.folder.shards)
+            if item.index == 0 and own and model.touches(item.job.target.spec.name):
+                changes.copied(index)
+
+
+class Worker:
+    """What the threads share: the sink, and for each its own buffers."""
+
+    def __init__(self, plan: Plan, sink: ShardsSink) -> None:
+        self._files = plan.files
+        self._sink = sink
+        self._local = threading.local()
+
+    def work(self, item: Item) -> Any:
+        """Do one item; its result goes back to the scheduler and the record."""
+        if isinstance(item, Merge):
+            return self._merge(item)
+        if isinstance(item, Measure):
+            return item.job.merged.measure(item.folds, item.tile, self._scratch())
+        if isinstance(item, Finish):
+            return {name: fold.finish() for name, fold in item.folds.items()}
+        return self._copy(item)
+
+    def _merge(self, item: Merge) -> tuple[Receipt, PerModel]:
+        scratch = self._scratch()
+        rows, norms = item.job.merged.merge(item.tile, item.index, item.values, scratch)
+        target = item.job.target
+        stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
+        if narrow(rows, target.spec.dtype, stored):
+            _refuse_not_finite(item, not_finite(rows))
+        crc = self._sink.write(target, item.tile, stored)
+        name = target.spec.name
+        receipt = Receipt(name, target.path, item.index, item.pieces, stored.nbytes, crc)
+        return receipt, norms
+
+    def _copy(self, item: Copy) -> Receipt:
+        source, target = item.job.source, item.job.target
+        self._sink.copy(self._files, source, target, item.start, item.length)
+        origin = f"{Path(source.path).name} at {source.offset + item.start}"
+        place = (target.spec.name, target.path, item.index, item.pieces, item.length)
+        return Receipt(*place, crc32c=None, copied_from=origin)
+
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        scratch: Scratch = self._local.scratch
+        return scratch
+
+
+class _Meter:
+    """Reports progress a few times a second, in bytes of output measured or written."""
+
+    def __init__(self, plan: Plan, emit: events.Emit, started: float) -> None:
+        self._emit = emit
+        self._started = started
+        self._written = self._done = 0
+        self._total = plan.demand.progress_bytes
+        self._last = 0.0
+
+    def count(self, item: Item) -> None:
+        if isinstance(item, Finish):
+            return
+        spec = item.job.target.spec
+        if isinstance(item, Copy):
+            nbytes = item.length
+        else:
+            rows, cols = item.tile.shape(spec)
+            nbytes = rows * cols * spec.dtype.itemsize
+        self._done += nbytes
+        self._written += 0 if isinstance(item, Measure) else nbytes
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_SECONDS or self._done >= self._total:
+            self._last = now
+            self._emit(
+                events.Progress(
+                    done=min(self._done, self._total),
+                    total=self._total,
+                    tensor=spec.name,
+                    written_bytes=self._written,
+                    seconds=now - self._started,
+                    resident_bytes=system.resident_bytes(),
+                )
+            )
+
+
+# ------------------------------------------------------------------------------ before and after
+
+
+def _refuse_overlap(plan: Plan, out: Path) -> None:
+    """The output must not be, contain or lie in a folder that is read."""
+    target = os.path.realpath(out)
+    for header in plan.inputs.headers():
+        folder = os.path.realpath(os.path.dirname(header.path))
+        if target == folder or folder.startswith(target + os.sep):
+            relation = "is" if target == folder else "contains"
+        elif target.startswith(folder + os.sep):
+            relation = "lies in"
+        else:
+            continue
+        raise OutputRefused(
+            f"the output {relation} an input folder",
+            where=str(out),
+            found=folder,
+            remedy="choose an --out outside of the inputs",
+        )
+
+
+def _is_complete(plan: Plan, out: Path, identity: Identity) -> bool:
+    """Whether the folder holds this very merge, finished, with every shard at its size."""
+    record = finished_record(out)
+    if record is None or record.get("fingerprint") != identity.fingerprint:
+        return False
+    files = {layout.name: layout.size_bytes for layout in plan.layouts}
+    return all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
+
+
+def _compare_buffers(plan: Plan) -> None:
+    """Integer and boolean tensors are copied from the donor, so all models must agree on them."""
+    donor = plan.inputs.donor
+    scratches = Scratch(), Scratch()
+    buffers = [name for name in donor.tensors if not donor.tensors[name].spec.dtype.mergeable]
+    folders = {model.folder.path: model.folder for model in plan.inputs.models}
+    for name in buffers:
+        for folder in folders.values():
+            if folder is donor or name not in folder.tensors:
+                continue
+            _compare_buffer(plan, name, folder.tensors[name].path, scratches)
+
+
+def _compare_buffer(
+    plan: Plan, name: str, path: str, scratches: tuple[Scratch, Scratch]
+) -> None:
+    from streammerge import grid
+
+    ours = plan.inputs.donor.tensors[name]
+    folders = [model.folder for model in plan.inputs.models]
+    theirs = next(f.tensors[name] for f in folders if name in f.tensors and f.tensors[name].path == path)
+    for tile in grid.tiles(ours.spec):
+        with (
+            plan.files.tile(ours, tile, scratches[0]) as a,
+            plan.files.tile(theirs, tile, scratches[1]) as b,
+        ):
+            if not np.array_equal(a, b):
+                raise BadInput(
+                    f"the buffer {name} differs from the one in {ours.path}",
+                    where=path,
+                    found=f"other values in rows {tile.start} to {tile.stop - 1}",
+                    remedy="buffers are copied, not merged: merge models that agree on them",
+                )
+
+
+def _refuse_not_finite(item: Merge, in_float32: int) -> None:
+    spec, tile = item.job.target.spec, item.tile
+    place = f"{spec.name}, rows {tile.start} to {tile.stop - 1}"
+    if in_float32:
+        raise BadInput(
+            f"the merge has {in_float32} values that are NaN or infinite",
+            where=place,
+            remedy="look for the input that holds them with `streammerge inspect`",
+        )
+    raise BadInput(
+        f"the merge has values that are too large for {spec.dtype.label}",
+        where=place,
+        remedy="choose out_dtype: bfloat16 or float32",
+    )
+
+
+def _write_companions(
+    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
+) -> None:
+    inputs, recipe = plan.inputs, plan.recipe
+    donor = inputs.donor
+    copy_donor_files(folder, donor.path, donor.config, recipe.out_dtype)
+    write_index(folder, plan.layouts)
+    recipe_yaml = to_yaml(recipe, portable=True)
+    folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]
+    card = model_card(
+        base=display_name(donor.path),
+        models=[display_name(path) for path in folders],
+        method=recipe.method.name,
+        recipe_yaml=recipe_yaml,
+        library_version=__version__,
+        changed=[str(change) for change in changes.result()],
+        license=license_of(donor.path),
+    )
+    shards = sink.shard_checksums(plan.layouts)
+    record = {
+        "format": 1,
+        "streammerge": __version__,
+        "fingerprint": identity.fingerprint,
+        "method": recipe.method.name,
+        "environment": identity.environment,
+        "inputs": identity.inputs,
+        "changes": [
+            {
+                "model": change.name,
+                "applied": change.applied,
+                "total": change.total,
+                "relative": None if change.relative is None else float(f"{change.relative:.6g}"),
+            }
+            for change in changes.result()
+        ],
+        "shards": {
+            layout.name: {"bytes": layout.size_bytes, "crc32c": shards[layout.name]}
+            for layout in plan.layouts
+        },
+        "tensors": {name: sink.checksums[name] for name in sorted(sink.checksums)},
+    }
+    write_documents(folder, card=card, recipe=recipe_yaml, record=record)

@@ -1,0 +1,81 @@
+"""How many tiles and tensors are in flight under a memory budget.
+
+The projection starts from what the process holds after warm-up and adds what the plan asks for.
+The budget changes how much happens at once and never the grid, so never the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streammerge import system
+from streammerge.errors import BudgetError
+from streammerge.planning.cost import Demand
+from streammerge.sizes import format_size
+
+MIB = 1 << 20
+
+# What Python, the pool and the journal take besides the buffers: measured, generously rounded.
+_FIXED_BYTES = 8 * MIB
+# A thread's stack, and the page-cache folios at both ends of the range that it has mapped.
+_THREAD_BYTES = MIB + 2 * system.LARGEST_FOLIO
+# State of one tensor's statistics; less of it may cost another read, more is not faster.
+_STATES = (16 * MIB, 4 * MIB, 1 * MIB)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """What is in flight at once, and the peak resident memory that follows."""
+
+    threads: int
+    window: int  # tensors
+    state_bytes: int  # of each tensor's statistics
+    projected_bytes: int
+
+    @property
+    def parts_ahead(self) -> int:
+        """How far measured parts may be ahead of the one that is absorbed next."""
+        return 2 * self.threads
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Memory of the process before the merge: now, and at most so far."""
+
+    resident_bytes: int
+    peak_bytes: int
+
+
+def project(demand: Demand, start: Start, threads: int, window: int, state_bytes: int) -> Flight:
+    """The peak with so much in flight."""
+    state = min(state_bytes, demand.state_bytes)
+    flight = Flight(threads, window, state_bytes, 0)
+    needed = (
+        threads * (demand.worker_bytes + _THREAD_BYTES)
+        + window * (demand.resident_bytes + state)
+        + flight.parts_ahead * demand.part_bytes
+        + _FIXED_BYTES
+    )
+    peak = max(start.peak_bytes, start.resident_bytes + needed)
+    return Flight(threads, window, state_bytes, peak)
+
+
+def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight:
+    """The most in flight that stays under the budget. Raises BudgetError with the least that would."""
+    options = [
+        project(demand, start, workers, window, state)
+        for workers in range(threads, 0, -1)
+        for state in _STATES
+        for window in sorted({max(2, workers), 2, 1}, reverse=True)
+    ]
+    for flight in options:
+        if flight.projected_bytes <= budget_bytes:
+            return flight
+    least = min(flight.projected_bytes for flight in options)
+    least = -(-least // MIB) * MIB
+    raise BudgetError(
+        "this merge does not fit the memory budget",
+        least_bytes=least,
+        found=f"a budget of {format_size(budget_bytes)}",
+        remedy=f"--memory {least // MIB}MiB is the least that would do",
+    )

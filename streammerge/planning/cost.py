@@ -1,0 +1,101 @@
+"""What a merge will read, write and hold: sums over all jobs, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from streammerge import grid
+from streammerge.planning.jobs import CopyJob, Job, MergeJob
+from streammerge.words import Merged, StatisticValue, Tile
+
+MIB = 1 << 20
+
+
+@dataclass(slots=True)
+class Demand:
+    """Totals over all jobs, and the largest of what must be in memory at once."""
+
+    merged_tensors: int = 0
+    copied_tensors: int = 0
+    read_bytes: int = 0  # of the inputs' tensors, copies included
+    write_bytes: int = 0  # of the output's tensors
+    copied_bytes: int = 0
+    tile_reads: int = 0  # elements times how often they are read
+    progress_bytes: int = 0  # of the output, counted once for each read of a tensor
+    most_reads: int = 1
+    worker_bytes: int = 0  # of one thread, at its largest tile
+    resident_bytes: int = 0  # of one job: factors
+    state_bytes: int = 0  # of one job: what its statistics could hold
+    part_bytes: int = 0  # of one measured part
+    touched: dict[int, int] = field(default_factory=dict)  # model -> tensors it takes part in
+    reads: dict[int, int] = field(default_factory=dict)  # reads of a tensor -> tensors
+
+
+def add_up(jobs: Iterable[Job]) -> Demand:
+    """Walk all jobs once; each is dropped again."""
+    demand = Demand()
+    for job in jobs:
+        demand.write_bytes += job.target.spec.nbytes
+        if isinstance(job, CopyJob):
+            demand.copied_tensors += 1
+            demand.copied_bytes += job.source.spec.nbytes
+            demand.read_bytes += job.source.spec.nbytes
+            demand.progress_bytes += job.source.spec.nbytes
+        else:
+            _add_merge(demand, job)
+    return demand
+
+
+def _add_merge(demand: Demand, job: MergeJob) -> None:
+    merged = job.merged
+    whole = Tile(0, merged.spec.rows)
+    reads = merged.reads()
+    demand.merged_tensors += 1
+    demand.read_bytes += merged.once_bytes + merged.merge_bytes(whole)
+    demand.read_bytes += (reads - 1) * merged.measure_bytes(whole)
+    demand.tile_reads += reads * merged.spec.numel
+    demand.progress_bytes += reads * job.target.spec.nbytes
+    demand.most_reads = max(demand.most_reads, reads)
+    demand.reads[reads] = demand.reads.get(reads, 0) + 1
+    demand.resident_bytes = max(demand.resident_bytes, merged.resident_bytes)
+    for model in job.models:
+        demand.touched[model] = demand.touched.get(model, 0) + 1
+    tiles = [grid.largest_tile(merged.spec)]
+    if reads > 1:
+        samples = _samples(merged)
+        demand.read_bytes += sum(merged.measure_bytes(tile) for tile in samples)
+        demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
+        most = 4 * merged.spec.numel * len(job.models)
+        demand.state_bytes = max(demand.state_bytes, most)
+        tiles += samples
+    output = job.target.spec.cols * job.target.spec.dtype.itemsize
+    for tile in tiles:
+        rows, _ = tile.shape(merged.spec)
+        demand.worker_bytes = max(
+            demand.worker_bytes, merged.scratch_bytes(tile) + rows * output // tile.col_step
+        )
+
+
+def _samples(merged: Merged) -> Sequence[Tile]:
+    """The thinned tiles that the first folds want to see."""
+    tiles = grid.tiles(merged.spec)
+    return [
+        tile
+        for fold in merged.start(0).values()
+        if not isinstance(fold, StatisticValue)
+        for tile in fold.wants(tiles)
+        if tile.row_step > 1 or tile.col_step > 1
+    ]
+
+
+def predict_seconds(demand: Demand, models: int, rank: int, threads: int) -> float:
+    """A rough prediction, from rates measured on two cores of a server of 2023.
+
+    `rank` is the sum of the ranks of all adapters. Good to a factor of two where the disk keeps
+    up with 0.7 GB/s.
+    """
+    per_element = 1.2 + 0.035 * rank + (0.9 * models if demand.most_reads > 1 else 0.0)
+    compute = demand.tile_reads * per_element * 1e-9 / threads
+    disk = demand.write_bytes / 0.9e9 + demand.read_bytes / 3e9
+    return 1.0 + max(compute, 0.3 * compute + disk)

@@ -1,0 +1,136 @@
+"""From the names in a recipe to opened folders: headers only, all problems at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from streammerge.adapters import ResolvedAdapter, open_adapter, resolve_adapter
+from streammerge.errors import ConfigError, Problems, StreammergeError
+from streammerge.recipe import Entry, Recipe, Reference
+from streammerge.storage.bytesource import Stamp
+from streammerge.storage.folder import ModelFolder, open_model
+from streammerge.storage.header import Header
+from streammerge.storage.references import display_name, resolve
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An entry of the recipe with its folders opened."""
+
+    name: str
+    folder: ModelFolder
+    adapter: ResolvedAdapter | None
+    on_base: bool  # whether its own folder is the merge's base
+
+    def touches(self, tensor: str) -> bool:
+        """Whether it can differ from the base there."""
+        return not self.on_base or (self.adapter is not None and tensor in self.adapter.updates)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything that a merge reads from."""
+
+    base: ModelFolder | None
+    models: tuple[Model, ...]
+
+    @property
+    def donor(self) -> ModelFolder:
+        """The folder that gives names, shapes, dtypes, config and tokenizer."""
+        return self.base or self.models[0].folder
+
+    def headers(self) -> tuple[Header, ...]:
+        """Of every file of weights, each once, in the order of the recipe."""
+        found: dict[str, Header] = {}
+        folders = [*([self.base] if self.base else []), *(model.folder for model in self.models)]
+        for folder in folders:
+            found.update({header.path: header for header in folder.shards})
+        for model in self.models:
+            if model.adapter:
+                header = model.adapter.folder.header
+                found[header.path] = header
+        return tuple(found.values())
+
+    def stamps(self) -> Mapping[str, Stamp]:
+        return {h.path: Stamp(h.size_bytes, h.mtime_ns, h.inode) for h in self.headers()}
+
+
+class _Opener:
+    """Opens each folder once, and keeps what went wrong."""
+
+    def __init__(self, recipe: Recipe, problems: Problems) -> None:
+        self._places: Sequence[Path] = (recipe.folder, Path.cwd())
+        self._problems = problems
+        self._models: dict[str, ModelFolder | None] = {}
+
+    def path(self, reference: Reference) -> Path | None:
+        return self._try(lambda: resolve(reference.text, reference.revision, self._places), reference)
+
+    def model(self, reference: Reference) -> ModelFolder | None:
+        path = self.path(reference)
+        if path is None:
+            return None
+        key = os.path.realpath(path)
+        if key not in self._models:
+            self._models[key] = self._try(lambda: open_model(path), reference)
+        return self._models[key]
+
+    def adapter(self, entry: Entry, model: ModelFolder | None) -> ResolvedAdapter | None:
+        assert entry.adapter is not None
+        path = self.path(entry.adapter)
+        if path is None:
+            return None
+        folder = self._try(lambda: open_adapter(path, entry.name), entry.adapter)
+        if folder is None or model is None:
+            return None
+        resolved = lambda: resolve_adapter(folder, model.tensors, model.config)  # noqa: E731
+        return self._try(resolved, entry.adapter)
+
+    def _try(self, action: Callable[[], _T], reference: Reference) -> _T | None:
+        try:
+            return action()
+        except StreammergeError as error:
+            self._problems.add(error)
+            return None
+
+
+def open_inputs(recipe: Recipe, problems: Problems) -> Inputs | None:
+    """Open everything that the recipe names; None when something could not be opened."""
+    opener = _Opener(recipe, problems)
+    before = len(problems)
+    base = opener.model(recipe.base) if recipe.base else None
+    models = []
+    for entry in recipe.entries:
+        folder = opener.model(entry.model)
+        adapter = opener.adapter(entry, folder) if entry.adapter else None
+        if folder is not None:
+            models.append(Model(entry.name, folder, adapter, folder is base))
+    if len(problems) > before:
+        return None
+    inputs = Inputs(base, tuple(models))
+    _refuse_twins(recipe, inputs, problems)
+    return inputs
+
+
+def _refuse_twins(recipe: Recipe, inputs: Inputs, problems: Problems) -> None:
+    """Two entries of the same folder and adapter are most likely a slip."""
+    seen: dict[tuple[str, str | None], str] = {}
+    for entry, model in zip(recipe.entries, inputs.models, strict=True):
+        adapter = os.path.realpath(model.adapter.folder.path) if model.adapter else None
+        key = os.path.realpath(model.folder.path), adapter
+        default = display_name(model.adapter.folder.path if model.adapter else model.folder.path)
+        if key in seen and entry.name == default:
+            problems.add(
+                ConfigError(
+                    f"the same model twice, as {seen[key]} and {entry.name}",
+                    where=entry.place,
+                    remedy="give them a name each if that is meant",
+                )
+            )
+        seen.setdefault(key, entry.name)

@@ -1,0 +1,137 @@
+"""One job per output tensor: a copy of stored bytes, or a merge. Composed when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from streammerge.arrays import PerModel
+from streammerge.planning.inputs import Inputs, Model
+from streammerge.recipe import Recipe
+from streammerge.sources.adapted import Adapted
+from streammerge.sources.applied import Applied
+from streammerge.sources.dense import Dense
+from streammerge.sources.weighted import WeightedSum
+from streammerge.storage.bytesource import Files
+from streammerge.storage.shard import ShardLayout
+from streammerge.words import Coefficients, Extent, Knobs, Merged, Source
+
+
+@dataclass(frozen=True, slots=True)
+class CopyJob:
+    """A tensor whose stored bytes are the result."""
+
+    source: Extent
+    target: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class MergeJob:
+    """A tensor that is computed. `models` are the positions in the recipe of those that take part,
+    in the order in which the merge reports their norms."""
+
+    merged: Merged
+    target: Extent
+    models: tuple[int, ...]
+
+
+Job = CopyJob | MergeJob
+
+
+class Composer:
+    """Puts sources together for one tensor at a time."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, files: Files) -> None:
+        self._method = recipe.method
+        self._inputs = inputs
+        self._files = files
+        self._shared = recipe.shared
+        self._per_model = {
+            name: np.array([entry.knobs[name] for entry in recipe.entries], np.float64)
+            for name in recipe.method.per_model
+        }
+        self._coefficients = self._weigh()
+
+    def jobs(self, layouts: Sequence[ShardLayout]) -> Iterator[Job]:
+        """In the order of the output's files; tensors without elements need none."""
+        for layout in layouts:
+            for name, target in layout.extents.items():
+                if target.spec.numel:
+                    yield self.job(name, target)
+
+    def job(self, name: str, target: Extent) -> Job:
+        donor = self._inputs.donor.tensors[name]
+        if not donor.spec.dtype.mergeable:
+            return CopyJob(donor, target)
+        base = Dense(self._files, self._inputs.base.tensors[name]) if self._inputs.base else None
+        sources = self._sources(name, base)
+        active = tuple(i for i, source in enumerate(sources) if source is not base)
+        if self._method.returns == "coefficients":
+            return self._weighted(base, sources, active, target)
+        if base is not None and not active:
+            return self._unchanged(base, target)
+        taking_part = [sources[i] for i in active]
+        merged = Applied(self._method, self._knobs(active), base, taking_part)
+        return MergeJob(merged, target, active)
+
+    def _sources(self, name: str, base: Dense | None) -> list[Source]:
+        """Each model's tensor; the base itself for those that leave it alone."""
+        stored: dict[str, Dense] = {}
+        if base is not None:
+            stored[base.extent.path] = base
+        sources: list[Source] = []
+        for model in self._inputs.models:
+            extent = self._stored(model, name)
+            rows = stored.setdefault(extent.path, Dense(self._files, extent))
+            update = model.adapter.updates.get(name) if model.adapter else None
+            if update is None:
+                sources.append(rows)
+            else:
+                sources.append(Adapted(self._files, rows, update, on_base=rows is base))
+        return sources
+
+    def _stored(self, model: Model, name: str) -> Extent:
+        """The model's own tensor; the donor's for buffers that only the donor stores."""
+        own = model.folder.tensors
+        return own[name] if name in own else self._inputs.donor.tensors[name]
+
+    def _weighted(
+        self, base: Dense | None, sources: Sequence[Source], active: tuple[int, ...], target: Extent
+    ) -> Job:
+        on_deltas = self._method.space == "deltas"
+        if on_deltas and base is not None and not active:
+            return self._unchanged(base, target)
+        part = active if on_deltas else tuple(range(len(sources)))
+        merged = WeightedSum(
+            self._files,
+            base,
+            [sources[i] for i in part],
+            [self._coefficients[i] for i in part],
+            self._method.space,
+        )
+        same = merged.same_as()
+        if same is not None and same.spec.dtype == target.spec.dtype:
+            return CopyJob(same.extent, target)
+        return MergeJob(merged, target, part)
+
+    def _unchanged(self, base: Dense, target: Extent) -> Job:
+        """The base's own tensor, cast where the output's dtype differs."""
+        if base.spec.dtype == target.spec.dtype:
+            return CopyJob(base.extent, target)
+        return MergeJob(WeightedSum(self._files, base, [base], [1.0], "weights"), target, ())
+
+    def _weigh(self) -> Sequence[float]:
+        """The coefficients of a method that is a weighted sum; scalars are alike in all tensors."""
+        if self._method.returns != "coefficients":
+            return ()
+        everyone = tuple(range(len(self._inputs.models)))
+        found = self._method.function(None, **self._knobs(everyone).arguments())
+        assert isinstance(found, Coefficients)
+        return found.models
+
+    def _knobs(self, models: tuple[int, ...]) -> Knobs:
+        chosen = list(models)
+        per_model: dict[str, PerModel] = {n: v[chosen] for n, v in self._per_model.items()}
+        return Knobs(per_model, self._shared)

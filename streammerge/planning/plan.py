@@ -1,0 +1,135 @@
+"""The plan: everything about a merge that is known before a byte of a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge import system
+from streammerge.errors import Problems
+from streammerge.planning.budget import Flight, Start, fit
+from streammerge.planning.checks import check_models, float64_note
+from streammerge.planning.cost import Demand, add_up, predict_seconds
+from streammerge.planning.inputs import Inputs, Model, open_inputs
+from streammerge.planning.jobs import Composer, Job
+from streammerge.planning.layout import lay_out_shards
+from streammerge.recipe import Recipe
+from streammerge.storage.bytesource import Files, Io
+from streammerge.storage.shard import ShardLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done, with how much memory, reading and writing how much."""
+
+    recipe: Recipe
+    inputs: Inputs
+    layouts: tuple[ShardLayout, ...]
+    files: Files
+    demand: Demand
+    flight: Flight
+    budget_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def jobs(self) -> Iterator[Job]:
+        """Composed one by one, in the order of the output's files."""
+        return Composer(self.recipe, self.inputs, self.files).jobs(self.layouts)
+
+    def output_bytes(self) -> int:
+        return sum(layout.size_bytes for layout in self.layouts)
+
+    def applied(self) -> Mapping[str, int]:
+        """Adapter -> how many tensors it changes: all that it has, or there would be no plan."""
+        with_adapter = [model for model in self.inputs.models if model.adapter]
+        return {model.name: len(model.adapter.updates) for model in with_adapter if model.adapter}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`; sizes in bytes."""
+        return {
+            "method": self.recipe.method.name,
+            "models": [_model(self, model) for model in self.inputs.models],
+            "tensors": {
+                "merged": self.demand.merged_tensors,
+                "copied": self.demand.copied_tensors,
+            },
+            "reads_of_a_tensor": {str(n): count for n, count in sorted(self.demand.reads.items())},
+            "read_bytes": self.demand.read_bytes,
+            "write_bytes": self.demand.write_bytes,
+            "copied_bytes": self.demand.copied_bytes,
+            "spilled_bytes": 0,
+            "shards": len(self.layouts),
+            "budget_bytes": self.budget_bytes,
+            "projected_peak_bytes": self.flight.projected_bytes,
+            "threads": self.flight.threads,
+            "seconds": round(self.seconds, 1),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+
+def _model(plan: Plan, model: Model) -> dict[str, Any]:
+    entry = plan.recipe.entries[plan.inputs.models.index(model)]
+    applied = len(model.adapter.updates) if model.adapter else None
+    return {"name": model.name, "applied_tensors": applied, **entry.knobs}
+
+
+def make_plan(
+    recipe: Recipe, problems: Problems, *, budget_bytes: int, threads: int, io: Io
+) -> Plan | None:
+    """Open the inputs' headers, check them, and decide; None when there are problems.
+
+    `budget_bytes` bounds the peak resident memory of the whole process. A merge that cannot fit is
+    one of the problems (BudgetError).
+    """
+    inputs = open_inputs(recipe, problems)
+    if inputs is None:
+        return None
+    notes = check_models(inputs, problems)
+    problems.raise_any()
+    note = float64_note(inputs.donor.tensors)
+    notes += [note] if note else []
+    for model in inputs.models:
+        if model.adapter:
+            notes += [f"{model.name}: {line}" for line in model.adapter.notes]
+    files = Files(inputs.stamps(), io)
+    layouts = lay_out_shards(inputs.donor, recipe.out_dtype, recipe.shard_bytes)
+    demand = add_up(Composer(recipe, inputs, files).jobs(layouts))
+    start = Start(system.resident_bytes(), system.peak_resident_bytes())
+    flight = fit(demand, start, budget_bytes, threads)
+    seconds = predict_seconds(demand, len(inputs.models), _ranks(inputs), flight.threads)
+    warnings = (*recipe.warnings, *_scaled_base(recipe, inputs))
+    return Plan(
+        recipe=recipe,
+        inputs=inputs,
+        layouts=layouts,
+        files=files,
+        demand=demand,
+        flight=flight,
+        budget_bytes=budget_bytes,
+        seconds=seconds,
+        notes=tuple(dict.fromkeys(notes)),
+        warnings=warnings,
+    )
+
+
+def _ranks(inputs: Inputs) -> int:
+    """The sum of the adapters' ranks, each taken as its first tensor's."""
+    adapters = [model.adapter for model in inputs.models if model.adapter]
+    firsts = [next(iter(adapter.updates.values())) for adapter in adapters]
+    return sum(pair.rank for first in firsts for pair in first.factors())
+
+
+def _scaled_base(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """`linear` without normalisation scales the base, which is seldom meant."""
+    if recipe.method.space != "weights" or recipe.shared.get("normalize") is not False:
+        return []
+    total = sum(float(entry.knobs.get("weight", 1.0)) for entry in recipe.entries)
+    if abs(total - 1) < 1e-6 or not any(model.adapter for model in inputs.models):
+        return []
+    return [
+        f"normalize: false with weights that sum to {total:g} scales the base by {total:g}; "
+        "task_arithmetic adds adapters to the base as it is"
+    ]

@@ -1,0 +1,186 @@
+"""How events and results look: a progress bar, plain lines for a batch log, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from streammerge.events import Emit, Event, Note, Progress, Warned, ignore
+from streammerge.planning import Plan
+from streammerge.report import Report
+from streammerge.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+# How often a batch log gets a line.
+PLAIN_SECONDS = 30.0
+
+
+@contextmanager
+def reporter(*, quiet: bool, log_format: str, stream: TextIO = sys.stderr) -> Iterator[Emit]:
+    """Where the engine's events go: nowhere, JSON lines, a bar on a terminal, or plain lines."""
+    if quiet:
+        yield ignore
+    elif log_format == "json":
+        yield _json_lines(stream)
+    elif stream.isatty():
+        with _Terminal() as terminal:
+            yield terminal.emit
+    else:
+        yield _PlainLines(stream).emit
+
+
+def planned(plan: Plan) -> Note:
+    """One line before a merge starts."""
+    demand, flight = plan.demand, plan.flight
+    return Note(
+        f"{plan.recipe.method.name}: {demand.merged_tensors} tensors to merge, "
+        f"{demand.copied_tensors} to copy; reading {format_size(demand.read_bytes)}, writing "
+        f"{format_size(demand.write_bytes)}; about {_duration(plan.seconds)}, "
+        f"{format_size(flight.projected_bytes)} of memory, "
+        f"{flight.threads} thread{'s' if flight.threads > 1 else ''}"
+    )
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan for a person."""
+    demand, flight = plan.demand, plan.flight
+    lines = [f"method    {plan.recipe.method.name}"]
+    lines += [f"model     {line}" for line in _models(plan)]
+    reads = ", ".join(f"{n} tensors read {_times(r)}" for r, n in sorted(demand.reads.items()))
+    copied = f"{demand.copied_tensors} tensors copied as they are"
+    lines += [
+        f"tensors   {', '.join(part for part in (reads, copied) if part)}",
+        f"read      {format_size(demand.read_bytes)}",
+        f"write     {format_size(demand.write_bytes)} in {_files(len(plan.layouts))}, of which "
+        f"{format_size(demand.copied_bytes)} copied inside the kernel",
+        "spill     none: no cache is needed",
+        f"memory    {format_size(flight.projected_bytes)} projected peak, of "
+        f"{format_size(plan.budget_bytes)} allowed",
+        f"threads   {flight.threads}",
+        f"time      about {_duration(plan.seconds)}",
+    ]
+    lines += [f"note      {note}" for note in plan.notes]
+    lines += [f"warning   {warning}" for warning in plan.warnings]
+    return "\n".join(lines)
+
+
+def describe_report(report: Report) -> str:
+    """What a finished merge did, where it is, and how to load it."""
+    load = f'AutoModelForCausalLM.from_pretrained("{report.out}", dtype="auto")'
+    if report.already_done:
+        lines = ["the output is there already, complete, of this recipe and these inputs"]
+    else:
+        lines = [str(change) for change in report.changes]
+        lines.append(
+            f"{report.tensors} tensors in {_duration(report.seconds)}: read "
+            f"{format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} "
+            f"({format_size(report.copied_bytes)} copied unchanged), peak memory "
+            f"{format_size(report.peak_bytes)}"
+        )
+    return "\n".join([*lines, f"output: {report.out}", f"load:   {load}"])
+
+
+def _models(plan: Plan) -> Iterator[str]:
+    for entry, model in zip(plan.recipe.entries, plan.inputs.models, strict=True):
+        knobs = ", ".join(f"{name} {value:g}" for name, value in entry.knobs.items())
+        part = "full model"
+        if model.adapter:
+            updates = len(model.adapter.updates)
+            part = f"{updates} of {updates} tensors applied"
+        yield f"{model.name}: {knobs}; {part}"
+
+
+def _times(reads: int) -> str:
+    return {1: "once", 2: "twice"}.get(reads, f"{reads} times")
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count > 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _rate_and_eta(event: Progress) -> str:
+    seconds = max(event.seconds, 1e-3)
+    left = (event.total - event.done) * seconds / max(event.done, 1)
+    rate = format_size(int(event.done / seconds))
+    memory = format_size(event.resident_bytes)
+    return f"{rate}/s, {_duration(left)} left, {memory} of memory"
+
+
+def _json_lines(stream: TextIO) -> Emit:
+    def emit(event: Event) -> None:
+        fields: dict[str, Any] = {"event": type(event).__name__.lower(), **asdict(event)}
+        print(json.dumps(fields), file=stream, flush=True)
+
+    return emit
+
+
+class _PlainLines:
+    """A line now and then, as a batch log wants it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = time.monotonic()
+
+    def emit(self, event: Event) -> None:
+        if not isinstance(event, Progress):
+            prefix = "warning: " if isinstance(event, Warned) else ""
+            print(f"{prefix}{event.text}", file=self._stream, flush=True)
+            return
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        share = 100 * event.done / max(event.total, 1)
+        written = format_size(event.written_bytes)
+        line = f"{share:.0f} %, {written} written, {_rate_and_eta(event)}"
+        print(line, file=self._stream, flush=True)
+
+
+class _Terminal:
+    """A progress bar with rate, time left and memory; notes above it."""
+
+    def __enter__(self) -> _Terminal:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = [BarColumn(), TextColumn("{task.percentage:>3.0f} %  {task.description}")]
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Bar = Bar(*columns, console=console, transient=True)
+        self._task: TaskID | None = None
+        self._bar.start()
+        return self
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self._bar.console.print(event.text, markup=False)
+        elif isinstance(event, Warned):
+            self._bar.console.print(f"warning: {event.text}", style="yellow", markup=False)
+        else:
+            if self._task is None:
+                self._task = self._bar.add_task("")
+            self._bar.update(
+                self._task,
+                completed=event.done,
+                total=event.total,
+                description=_rate_and_eta(event),
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,218 @@
+"""A recipe's YAML -> a Recipe; every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from streammerge.errors import ConfigError, Place, Problems, StreammergeError
+from streammerge.recipe.document import Document, parse
+from streammerge.recipe.entries import Draft, Drafts, unique_names
+from streammerge.recipe.files import read_text
+from streammerge.recipe.parameters import Parameters, check_weights, settings
+from streammerge.recipe.references import identity
+from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
+from streammerge.recipe.values import Entry, Recipe, Reference
+from streammerge.recipe.wording import nearest, quoted
+from streammerge.sizes import parse_size
+from streammerge.words import FLOAT_NAMES, DType, MethodSpec
+
+
+def read_recipe(path: Path, methods: Mapping[str, MethodSpec], problems: Problems) -> Recipe | None:
+    """The recipe of a YAML file.
+
+    Adds InputMissing or StorageError when the file cannot be read, and a ConfigError with its place
+    for everything that is wrong in it. With problems, the recipe returned is what could be made
+    out: good for looking at its folders, not for merging. None when it is not even that.
+    """
+    text = read_text(path, problems)
+    if text is None:
+        return None
+    return parse_recipe(text, str(path), path.parent, methods, problems)
+
+
+def parse_recipe(
+    text: str, file: str, folder: Path, methods: Mapping[str, MethodSpec], problems: Problems
+) -> Recipe | None:
+    """The recipe of a YAML text, as `read_recipe`; `file` is what places call it."""
+    found = Problems()
+    document = parse(text, file, found)
+    shape = shaped(RecipeShape, document, (), found) if document else None
+    recipe = None
+    if document and shape:
+        recipe = _Reading(document, shape, folder, methods, found).recipe()
+    for problem in sorted(found, key=_order):
+        problems.add(problem)
+    return recipe
+
+
+def _order(problem: StreammergeError) -> tuple[int, int]:
+    """From the top of the file to its end."""
+    place = problem.where
+    return (place.line, place.column) if isinstance(place, Place) else (0, 0)
+
+
+class _Reading:
+    """One document on its way to a Recipe."""
+
+    def __init__(
+        self,
+        document: Document,
+        shape: RecipeShape,
+        folder: Path,
+        methods: Mapping[str, MethodSpec],
+        problems: Problems,
+    ) -> None:
+        self._document = document
+        self._shape = shape
+        self._folder = folder
+        self._methods = methods
+        self._problems = problems
+        self._warnings: list[tuple[Place, str]] = []
+        self._whole = True  # whether every entry could be made out
+
+    def recipe(self) -> Recipe | None:
+        reader = Drafts(self._document, self._folder, self._problems)
+        base = reader.base(self._shape)
+        drafts = reader.all(self._shape, base)
+        listed = len(self._shape.models or ()) + len(self._shape.adapters or ())
+        self._whole = len(drafts) == listed
+        output, shard_bytes = self._output()
+        method = self._method()
+        if method is None:
+            return None
+        drafts = self._without_base(drafts, base, method)
+        self._check_count(len(drafts), method)
+        if method.needs_base and not self._given("base_model") and not self._shape.adapters:
+            self._problems.add(missing(self._document, ("base_model",), "the model to add to"))
+        entries, shared = self._parameters(drafts, method)
+        if self._shape.name is not None:
+            place = self._document.spot(("name",)).key
+            self._warnings.append((place, "`name` has no effect: the output's folder names it"))
+        return Recipe(
+            method=method,
+            base=base,
+            entries=entries,
+            shared=shared,
+            out_dtype=self._out_dtype(),
+            seed=self._shape.seed or 0,
+            output=output,
+            shard_bytes=shard_bytes,
+            folder=self._folder,
+            warnings=tuple(f"{place}: {text}" for place, text in sorted(self._warnings)),
+        )
+
+    def _given(self, key: str) -> bool:
+        return self._document.root.get(key) is not None
+
+    def _method(self) -> MethodSpec | None:
+        name, names = self._shape.merge_method, ", ".join(sorted(self._methods))
+        if name is None:
+            if not self._given("merge_method"):
+                self._problems.add(missing(self._document, ("merge_method",), f"one of {names}"))
+            return None
+        if name not in self._methods:
+            near = nearest(name, self._methods)
+            self._problems.add(
+                ConfigError(
+                    "merge_method names a method that is not here",
+                    where=self._document.spot(("merge_method",)).value,
+                    found=quoted(name),
+                    expected=f"one of {names}",
+                    remedy=f"did you mean `{near}`?" if near else "choose one of these",
+                )
+            )
+        return self._methods.get(name)
+
+    def _without_base(
+        self, drafts: list[Draft], base: Reference | None, method: MethodSpec
+    ) -> list[Draft]:
+        """Without the base listed as a model, whose difference from itself is zero."""
+        if base is None or not method.needs_base:
+            return drafts
+        same = identity(base, self._folder)
+        rest = []
+        for draft in drafts:
+            if draft.adapter or identity(draft.model, self._folder) != same:
+                rest.append(draft)
+            else:
+                why = f"{method.name} adds differences from it"
+                text = f"the base listed as a model has no effect: {why}"
+                self._warnings.append((draft.place, text))
+        return rest
+
+    def _check_count(self, count: int, method: MethodSpec) -> None:
+        fewest, most = method.models
+        # Where something else is wrong, too few are most likely a consequence of it.
+        enough = count >= fewest or len(self._problems) > 0
+        if enough and (most is None or count <= most):
+            return
+        path = next((key for key in ("models", "adapters") if getattr(self._shape, key)), None)
+        limits = f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        self._problems.add(
+            ConfigError(
+                f"{method.name} cannot merge this number of models",
+                where=self._document.spot((path,) if path else ()).key,
+                found=f"{count} in `models` and `adapters`, not counting the base",
+                expected=f"exactly {fewest}" if most == fewest else limits,
+                remedy="list them under `models:` or `adapters:`"
+                if count < fewest
+                else "remove some, or choose another merge_method",
+            )
+        )
+
+    def _parameters(
+        self, drafts: list[Draft], method: MethodSpec
+    ) -> tuple[tuple[Entry, ...], dict[str, float | bool]]:
+        parameters = Parameters(method, self._methods, self._problems)
+        given = settings(self._document, ("parameters",), self._shape.parameters or ())
+        common = parameters.of_all(given)
+        shared = parameters.shared(common, self._document.spot(("parameters",)).value)
+        entries = tuple(
+            Entry(
+                name,
+                draft.model,
+                draft.adapter,
+                parameters.of_model(draft.own, common, draft.place),
+                draft.place,
+            )
+            for name, draft in zip(unique_names(drafts), drafts, strict=True)
+        )
+        self._warnings += parameters.warnings()
+        self._check_weights(entries, shared, method)
+        return entries, shared
+
+    def _check_weights(
+        self, entries: tuple[Entry, ...], shared: Mapping[str, float | bool], method: MethodSpec
+    ) -> None:
+        weights = [entry.knobs["weight"] for entry in entries if "weight" in entry.knobs]
+        if self._whole and weights and len(weights) == len(entries):
+            try:
+                check_weights(method, weights, shared, entries[0].place)
+            except ConfigError as problem:
+                self._problems.add(problem)
+
+    def _out_dtype(self) -> DType | None:
+        name = self._shape.out_dtype or self._shape.dtype
+        return FLOAT_NAMES[name] if name else None
+
+    def _output(self) -> tuple[str | None, int | None]:
+        if not isinstance(self._shape.output, dict):
+            return self._shape.output, None
+        output = shaped(OutputShape, self._document, ("output",), self._problems)
+        if output is None or output.shard_size is None:
+            return output.path if output else None, None
+        try:
+            return output.path, parse_size(str(output.shard_size))
+        except ConfigError as problem:
+            place = self._document.spot(("output", "shard_size")).value
+            self._problems.add(
+                ConfigError(
+                    f"output.shard_size: {problem.what}",
+                    where=place,
+                    found=problem.found,
+                    expected=problem.expected,
+                    remedy=problem.remedy,
+                )
+            )
+            return output.path, None

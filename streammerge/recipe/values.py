@@ -1,0 +1,60 @@
+"""A recipe as a value: what the user asked for, checked, with every default written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streammerge.errors import Place
+from streammerge.words import DType, MethodSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model or adapter as the recipe names it; not resolved to a folder yet.
+
+    `text` is a path or a hub id. Where it was written is no part of what it is: two references
+    are equal when text and revision are.
+    """
+
+    text: str
+    revision: str | None
+    place: Place = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One model that takes part: a model, or a model with an adapter applied to it.
+
+    `name` is unique within the recipe. `knobs` holds every per-model knob of the method, with
+    defaults applied.
+    """
+
+    name: str
+    model: Reference
+    adapter: Reference | None
+    knobs: Mapping[str, float | bool]
+    place: Place = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user asked for. Planning turns it into jobs; the engine never sees it.
+
+    `shared` holds every shared knob of the method, with defaults applied. `out_dtype` is the
+    recipe's `out_dtype`, else its `dtype`. `output` is a path and `shard_bytes` the most bytes of
+    an output file. Relative paths start at `folder`: the recipe file's, or the working directory.
+    `warnings` are whole lines, one for each key that has no effect, with its places.
+    """
+
+    method: MethodSpec
+    base: Reference | None
+    entries: tuple[Entry, ...]
+    shared: Mapping[str, float | bool]
+    out_dtype: DType | None
+    seed: int
+    output: str | None
+    shard_bytes: int | None
+    folder: Path
+    warnings: tuple[str, ...] = field(compare=False)

@@ -1,0 +1,224 @@
+"""A window of jobs in flight: waves of different tensors overlap, so no thread waits for a tensor.
+
+Each job runs its course: while statistics are missing, a wave of measured tiles and a finish for
+each; then the wave of merged tiles. What is in flight is bounded by numbers of the plan: items by
+`capacity`, jobs by `window`, and measured parts may be only so far ahead of the next to absorb.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge import grid
+from streammerge.planning import CopyJob, Job, MergeJob
+from streammerge.words import Fold, StatisticValue, Tile
+
+# Copies are cut into pieces of this size, so that they share the threads with tiles.
+COPY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy a range of a stored tensor."""
+
+    job: CopyJob
+    index: int
+    pieces: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure a tile for all folds that share this read."""
+
+    job: MergeJob
+    index: int
+    tile: Tile
+    folds: Mapping[str, Fold]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Turn the folds of a wave into values or further folds."""
+
+    job: MergeJob
+    folds: Mapping[str, Fold]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Merge a tile and write it."""
+
+    job: MergeJob
+    index: int
+    pieces: int
+    tile: Tile
+    values: Mapping[str, StatisticValue]
+
+
+Item = Copy | Measure | Finish | Merge
+
+
+class Course:
+    """One job on its way: which items can be submitted now, and what came of those that were."""
+
+    def __init__(self, job: Job, state_bytes: int, parts_ahead: int) -> None:
+        self.job = job
+        self._ahead = parts_ahead
+        self._running = 0
+        self._finishing = False
+        self._folds: dict[str, Fold] = {}
+        self._values: dict[str, StatisticValue] = {}
+        self._wave: dict[str, Fold] = {}
+        self._tiles: Sequence[Tile] = ()
+        self._next = 0
+        self._absorbed = 0
+        self._parts: dict[int, Mapping[str, Any]] = {}
+        self._last: deque[Item] = deque()
+        if isinstance(job, CopyJob):
+            self._last.extend(_copies(job))
+        else:
+            self._grid = grid.tiles(job.merged.spec)
+            self._sort(job.merged.start(state_bytes))
+            self._start_wave(job)
+
+    @property
+    def done(self) -> bool:
+        return not (self._running or self._last or self._folds)
+
+    def next(self) -> Item | None:
+        """An item to submit; None when there is none now."""
+        item = self._pick()
+        self._running += item is not None
+        return item
+
+    def _pick(self) -> Item | None:
+        if self._last:
+            return self._last.popleft()
+        if not self._folds or self._finishing:
+            return None
+        assert isinstance(self.job, MergeJob)
+        if self._next < len(self._tiles):
+            if self._next - self._absorbed >= self._ahead:
+                return None
+            index = self._next
+            self._next += 1
+            return Measure(self.job, index, self._tiles[index], self._wave)
+        if self._absorbed == len(self._tiles):
+            self._finishing = True
+            return Finish(self.job, self._wave)
+        return None
+
+    def take(self, item: Item, result: Any) -> None:
+        """Go on from a finished item."""
+        self._running -= 1
+        if isinstance(item, Measure):
+            self._parts[item.index] = result
+            self._absorb()
+        elif isinstance(item, Finish):
+            self._finishing = False
+            for name in self._wave:
+                del self._folds[name]
+            self._sort(result)
+            self._start_wave(item.job)
+
+    def _absorb(self) -> None:
+        """Parts go into their folds in grid order, whatever order they came in."""
+        while self._absorbed in self._parts:
+            part = self._parts.pop(self._absorbed)
+            for name, fold in self._wave.items():
+                fold.absorb(self._absorbed, part[name])
+            self._absorbed += 1
+
+    def _sort(self, found: Mapping[str, Fold | StatisticValue]) -> None:
+        for name, one in found.items():
+            if isinstance(one, StatisticValue):
+                self._values[name] = one
+            else:
+                self._folds[name] = one
+
+    def _start_wave(self, job: MergeJob) -> None:
+        """All folds that want the tiles of the first one share its read."""
+        self._next = self._absorbed = 0
+        if self._folds:
+            wants = {name: fold.wants(self._grid) for name, fold in self._folds.items()}
+            self._tiles = next(iter(wants.values()))
+            self._wave = {n: self._folds[n] for n, tiles in wants.items() if tiles == self._tiles}
+            return
+        pieces = len(self._grid)
+        tiles = enumerate(self._grid)
+        self._last.extend(Merge(job, i, pieces, tile, self._values) for i, tile in tiles)
+
+
+def _copies(job: CopyJob) -> Iterator[Copy]:
+    size = job.source.spec.nbytes
+    starts = range(0, size, COPY_BYTES)
+    for index, start in enumerate(starts):
+        yield Copy(job, index, len(starts), start, min(COPY_BYTES, size - start))
+
+
+def drive(
+    courses: Iterable[Course],
+    submit: Callable[[Item], Future[Any]],
+    *,
+    capacity: int,
+    window: int,
+) -> Iterator[tuple[Item, Any]]:
+    """Run all courses; yields each finished item with its result, in the order of finishing.
+
+    The first item that fails ends the run with its exception, once those in flight are over.
+    """
+    coming = iter(courses)
+    active: list[Course] = []
+    running: dict[Future[Any], tuple[Course, Item]] = {}
+    try:
+        while True:
+            while len(running) < capacity:
+                picked = _pick(active, coming, window)
+                if picked is None:
+                    break
+                running[submit(picked[1])] = picked
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                course, item = running.pop(future)
+                result = future.result()
+                course.take(item, result)
+                yield item, result
+            active[:] = [course for course in active if not _retire(course)]
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)
+
+
+def _pick(
+    active: list[Course], coming: Iterator[Course], window: int
+) -> tuple[Course, Item] | None:
+    """An item of the earliest job that has one, opening the next job when there is room."""
+    for course in active:
+        item = course.next()
+        if item is not None:
+            return course, item
+    while len(active) < window:
+        course = next(coming, None)  # type: ignore[assignment]
+        if course is None:
+            return None
+        active.append(course)
+        item = course.next()
+        if item is not None:
+            return course, item
+    return None
+
+
+def _retire(course: Course) -> bool:
+    if not course.done:
+        return False
+    if isinstance(course.job, MergeJob):
+        course.job.merged.release()
+    return True

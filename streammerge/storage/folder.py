@@ -1,0 +1,369 @@
+"""A Hugging Face model folder, headers only: which files hold it, and what is wrong with them.
+
+The weights are one `model.safetensors`, or shards that `model.safetensors.index.json` lists
+(https://huggingface.co/docs/transformers/big_models). Whatever is wrong is said at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
+from streammerge.storage.header import (
+    Header,
+    bad,
+    parse_json,
+    read_header,
+    read_small,
+    show,
+    unreadable,
+)
+from streammerge.words import FLOAT_NAMES, DType, Extent
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = f"{SINGLE}, or {INDEX} and its shards"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SAFE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,240}\.safetensors")
+_REPAIR = "correct the file, or download it again"
+_REINDEX = "download the folder again, or save the model again so that index and shards agree"
+
+
+class FolderTensors(Mapping[str, Extent]):
+    """The tensors of all shards, in shard order, then in file order."""
+
+    __slots__ = ("_tables",)
+
+    def __init__(self, shards: Sequence[Header]) -> None:
+        self._tables = {name: shard.tensors for shard in shards for name in shard.tensors}
+
+    def __getitem__(self, name: str) -> Extent:
+        return self._tables[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tables
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model folder whose headers were read and found sound; no tensor byte was read."""
+
+    path: Path
+    shards: tuple[Header, ...]  # in the order of their file names
+    tensors: Mapping[str, Extent]
+    config: Mapping[str, Any]  # empty when there is no config.json
+    notes: tuple[str, ...]  # what is unusual and harmless, one line each
+
+
+def open_model(path: Path) -> ModelFolder:
+    """Read the headers, the index and the config of a model folder.
+
+    Raises `InputMissing` or `BadInput` for one problem, `Refused` for several, each with its file.
+    """
+    names = _list(path)
+    _refuse_other_kinds(path, names)
+    problems, notes = Problems(), list[str]()
+    config = _config(path, names, problems, notes)
+    index, weight_map = _index(path, problems) if INDEX in names else ({}, {})
+    used = sorted(set(weight_map.values())) if INDEX in names else [SINGLE]
+    if used:
+        _check_leftovers(path, names - set(used), problems, notes)
+    shards = _read_headers(path, used, names, problems)
+    if weight_map:
+        _check_placement(weight_map, shards, problems)
+        notes += _total_size_note(index, shards) if len(shards) == len(used) else []
+    for shard in shards:
+        _check_dtypes(shard, problems)
+    problems.raise_any()
+    return ModelFolder(path, tuple(shards), FolderTensors(shards), config, tuple(notes))
+
+
+def shard_names(count: int) -> tuple[str, ...]:
+    """The usual file names of a model in `count` shards."""
+    if count == 1:
+        return (SINGLE,)
+    return tuple(f"model-{shard:05}-of-{count:05}.safetensors" for shard in range(1, count + 1))
+
+
+# ---------------------------------------------------------------------------- what kind of folder
+
+
+def _list(path: Path) -> frozenset[str]:
+    where = os.fspath(path)
+    try:
+        return frozenset(os.listdir(path))
+    except NotADirectoryError as error:
+        remedy = f"name the folder that holds it: {path.parent}"
+        raise bad(where, "is not a folder", "a file", "a model folder", remedy) from error
+    except FileNotFoundError as error:
+        found = f"a link to {os.readlink(path)}, which is gone" if path.is_symlink() else "nothing"
+        remedy = "check the path, or download the model"
+        raise InputMissing("no such folder", where=where, found=found, remedy=remedy) from error
+    except (OSError, ValueError) as error:
+        raise unreadable(where, error) from error
+
+
+def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
+    """Raise when the folder is not one that holds a model's safetensors, saying what it is."""
+    where, what = str(path), "is not a model in safetensors"
+    if "model_index.json" in names:
+        parts = [n for n in sorted(names) if {SINGLE, INDEX} & {*_names_in(path / n)}]
+        found = "a diffusers pipeline" + (f" of the models {_some(parts)}" if parts else "")
+        raise bad(where, what, found, _WEIGHTS, "name the folder of one of its models")
+    if INDEX in names or SINGLE in names:
+        return
+    if "adapter_config.json" in names:
+        remedy = "name it under `adapters`, and the model it was trained on as `base_model`"
+        raise bad(where, what, "an adapter", _WEIGHTS, remedy)
+    if shards := sorted(filter(_SHARD.fullmatch, names)):
+        remedy = "download the index, or save the model again"
+        what, found = f"{INDEX} is missing", _some(shards)
+        raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
+    if pickles := _matching(names, "pytorch_model*.bin"):
+        remedy = "convert it to safetensors; a pickle can run code and is not opened"
+        raise bad(where, what, _some(pickles), _WEIGHTS, remedy)
+    if others := _matching(names, "*.safetensors", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack"):
+        remedy = "use the model in the layout of transformers, or convert it to that"
+        raise bad(where, what, _some(others), _WEIGHTS, remedy)
+    found, remedy = _some(sorted(names)) or "nothing", "check the path, or download the model"
+    what = "holds no model weights"
+    raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
+
+
+def _names_in(path: Path) -> list[str]:
+    return os.listdir(path) if path.is_dir() else []
+
+
+def _matching(names: Iterable[str], *patterns: str) -> list[str]:
+    return sorted(n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns))
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(show(name).strip("'\"") for name in names[:most]) + more
+
+
+# --------------------------------------------------------------------------------------- config
+
+
+def _config(
+    path: Path, names: frozenset[str], problems: Problems, notes: list[str]
+) -> dict[str, Any]:
+    if CONFIG not in names:
+        notes.append(f"no {CONFIG}: the output will have none, and will not load by itself")
+        return {}
+    try:
+        config = _read_json(path / CONFIG)
+    except StreammergeError as error:
+        problems.add(error)
+        return {}
+    for part in _config_and_parts(config):
+        quantised = part.get("quantization_config") or part.get("compression_config")
+        if quantised:
+            problems.add(_quantised(str(path / CONFIG), quantised))
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json(read_small(path), str(path), path.name, _REPAIR)
+
+
+def _config_and_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config and the configs nested in it: of the text or vision model, of an encoder."""
+    rest = [config]
+    while rest:
+        part = rest.pop()
+        yield part
+        rest += [
+            value
+            for key, value in part.items()
+            if isinstance(value, dict) and (key.endswith("_config") or "model_type" in value)
+        ]
+
+
+def output_config(config: Mapping[str, Any], *, dtype: DType | None) -> dict[str, Any]:
+    """The config of the output: `config` with its dtype keys set, when `dtype` is given.
+
+    Both `dtype` and the older `torch_dtype` are set where they stand, in nested configs too.
+    `_name_or_path` is left out: it may be a path of the machine where the model was trained.
+    """
+    names = {float_dtype: name for name, float_dtype in FLOAT_NAMES.items()}
+    result = copy.deepcopy(dict(config))
+    for part in _config_and_parts(result):
+        part.pop("_name_or_path", None)
+        if dtype is not None:
+            part.update({key: names[dtype] for key in ("dtype", "torch_dtype") if key in part})
+    return result
+
+
+# ------------------------------------------------------------------------------ index and shards
+
+
+def _index(path: Path, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
+    """The index and its weight_map; the map is empty when it is not fit to be followed."""
+    where, what = str(path / INDEX), "weight_map names no file of the folder"
+    try:
+        index = _read_json(path / INDEX)
+    except StreammergeError as error:
+        problems.add(error)
+        return {}, {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        expected = "an object from tensor names to file names"
+        problems.add(bad(where, "weight_map is malformed", show(weight_map), expected, _REPAIR))
+        return index, {}
+    # Names are checked as text alone: the files of a hub cache are links that leave the folder.
+    unsafe = {show(v) for v in weight_map.values() if not _is_safe_name(v)}
+    for found in sorted(unsafe):
+        expected = "a name that ends in .safetensors, without folders"
+        problems.add(bad(where, what, found, expected, _REPAIR))
+    return index, {} if unsafe else weight_map
+
+
+def _is_safe_name(value: object) -> bool:
+    return isinstance(value, str) and _SAFE_NAME.fullmatch(value) is not None
+
+
+def _check_leftovers(
+    path: Path, unused: frozenset[str], problems: Problems, notes: list[str]
+) -> None:
+    """Other weights of a model are refused: which of the two is meant? Anything else is noted."""
+    files = _matching(unused, "*.safetensors")
+    models = [name for name in files if name == SINGLE or _SHARD.fullmatch(name)]
+    for name in models:
+        what, found = "does not belong to the model here", "weights of two models in one folder"
+        expected = f"{SINGLE} alone, or the shards that {INDEX} lists"
+        remedy = "remove what is left of the other model"
+        problems.add(bad(str(path / name), what, found, expected, remedy))
+    if others := [name for name in files if name not in models]:
+        notes.append(f"not read: {_some(others)}")
+
+
+def _read_headers(
+    path: Path, files: Sequence[str], names: frozenset[str], problems: Problems
+) -> list[Header]:
+    shards = []
+    for file in files:
+        try:
+            if file not in names:
+                what, remedy = f"is listed in {INDEX} and not there", "download the folder again"
+                raise InputMissing(what, where=str(path / file), remedy=remedy)
+            shards.append(read_header(path / file))
+        except StreammergeError as error:
+            problems.add(error)
+    return shards
+
+
+def _check_placement(
+    weight_map: Mapping[str, str], shards: Sequence[Header], problems: Problems
+) -> None:
+    """Each tensor must be in the shard that the index says, in no other, and be listed."""
+    counts = Counter(name for shard in shards for name in shard.tensors)
+    placed: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        placed.setdefault(file, []).append(name)
+    for shard in shards:
+        file, held = os.path.basename(shard.path), shard.tensors
+        wrong = {
+            "holds tensors that another shard holds too": [n for n in held if counts[n] > 1],
+            f"holds tensors that {INDEX} does not place there": [
+                n for n in held if counts[n] == 1 and weight_map.get(n) != file
+            ],
+            f"lacks tensors that {INDEX} places there": [n for n in placed[file] if n not in held],
+        }
+        for what, names in wrong.items():
+            if names:
+                found = f"{len(names)}: {_some(names)}"
+                problems.add(bad(shard.path, what, found, "each tensor once", _REINDEX))
+
+
+def _total_size_note(index: Mapping[str, Any], shards: Sequence[Header]) -> list[str]:
+    held = sum(shard.data_bytes for shard in shards)
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated is None or stated == held:
+        return []
+    return [f"{INDEX} states a total_size of {show(stated)} bytes; the shards hold {held}"]
+
+
+# ------------------------------------------------------------------------------------ quantised
+
+_FLOATS = "weights in F16, BF16, F32 or F64"
+_DEQUANTISE = "use the model in its original precision, or dequantise it and save it again"
+
+
+def _quantised(where: str, quantisation: Any) -> BadInput:
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    found = f"a quantization_config{f' of {show(method)}' if method else ''}"
+    what = "the weights are quantised, and codes cannot be merged as numbers"
+    return bad(where, what, found, _FLOATS, _DEQUANTISE)
+
+
+def _check_dtypes(shard: Header, problems: Problems) -> None:
+    narrow = {dtype for dtype in shard.tensors.dtypes() if dtype.kind == "float8"}
+    if narrow:
+        names = [name for name, extent in shard.tensors.items() if extent.spec.dtype in narrow]
+        found = f"{len(names)} tensors: {_some(names)}"
+        what = "8-bit floats cannot be merged: their scales are not read yet"
+        problems.add(bad(shard.path, what, found, _FLOATS, _DEQUANTISE))
+
+
+# ---------------------------------------------------------------------------------- donor's files
+
+_DONATED = (
+    "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.vocab", "bpe.codes", "*.jinja", "*.py",
+    "licen[cs]e*", "copying*", "notice*", "use_policy*",
+)  # fmt: skip
+# Of the weights' layout, of another format's weights, of training, or of streammerge itself.
+_KEPT_BACK = (
+    "*.index.json", "model_index.json", "adapter_config.json", "streammerge.json", "params.json",
+    "quantize_config.json", "trainer_state.json", "training_args.json", "*_results.json",
+    "*.safetensors", "*.bin", ".*",
+)  # fmt: skip
+
+
+def donor_files(folder: Path) -> tuple[Path, ...]:
+    """What an output takes over from its donor, relative to the folder and sorted.
+
+    Config, tokenizer, chat template, preprocessor and licence files, and the code of custom models;
+    `config.json` is among them, and the output's is made of it by `output_config`. Never weights,
+    the model card or hidden files. Raises `InputMissing` for one that is a dangling link.
+    """
+    relative = [Path(name) for name in sorted(_list(folder)) if _is_donated(name)]
+    if (folder / "additional_chat_templates").is_dir():
+        templates = _matching(_list(folder / "additional_chat_templates"), "[!.]*.jinja")
+        relative += [Path("additional_chat_templates", name) for name in templates]
+    problems = Problems()
+    files = tuple(path for path in sorted(relative) if _is_file(folder / path, problems))
+    problems.raise_any()
+    return files
+
+
+def _is_donated(name: str) -> bool:
+    lowered = name.lower()
+    return bool(_matching([lowered], *_DONATED)) and not _matching([lowered], *_KEPT_BACK)
+
+
+def _is_file(path: Path, problems: Problems) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        problems.add(unreadable(str(path), error))
+        return False

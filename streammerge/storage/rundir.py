@@ -1,0 +1,143 @@
+"""The state of an unfinished merge, beside its output, and how the output appears.
+
+Everything is built in `.<name>.streammerge/` next to the output. The output under its final name
+is complete or is not there: data sync, journal sync, rename, directory sync.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import OutputRefused, StorageError
+
+RECORD = "streammerge.json"
+JOURNAL = "journal"
+_LOCK = "lock"
+_OUTPUT = "output"
+
+
+def finished_record(out: Path) -> dict[str, Any] | None:
+    """The record of a finished merge, or None where the folder holds none that can be read."""
+    try:
+        record = json.loads((out / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # not ours; what that means is for the caller to say
+    return record if isinstance(record, dict) else None
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Raise `OutputRefused` unless the output can take that name.
+
+    It may be absent or an empty folder; `force` also allows a folder that streammerge made.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        kind = "a symbolic link" if out.is_symlink() else "a file"
+        raise OutputRefused(
+            "the output exists and is no folder",
+            where=str(out),
+            found=kind,
+            remedy="choose another --out",
+        )
+    if not any(out.iterdir()):
+        return
+    ours = finished_record(out) is not None
+    if ours and force:
+        return
+    found = "the result of another merge" if ours else f"a folder without {RECORD}"
+    remedy = "--force replaces it, or choose another --out" if ours else "choose another --out"
+    raise OutputRefused("the output exists", where=str(out), found=found, remedy=remedy)
+
+
+class RunDirectory:
+    """The private folder of one run; one process at a time."""
+
+    def __init__(self, out: Path) -> None:
+        """Create it, or take over what a dead run left: an unfinished merge starts over."""
+        self._out = out.absolute()
+        self.path = self._out.parent / f".{self._out.name}.streammerge"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputRefused(
+                f"the output cannot be created: {error.strerror}",
+                where=str(self.path),
+                remedy="choose an --out in a folder that you can write to",
+            ) from error
+        self._take_lock()
+        self._clear()
+        self.output = self.path / _OUTPUT
+        self.output.mkdir()
+
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise OutputRefused(
+                "another process is writing this output",
+                where=str(self.path),
+                remedy="wait for it, or choose another --out",
+            ) from error
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.path / _OUTPUT, ignore_errors=False) if (
+            self.path / _OUTPUT
+        ).exists() else None
+        self.journal.unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Give the finished folder its final name, and remove the state. All data is synced."""
+        old = self.path / "replaced"
+        try:
+            _sync_folder(self.output)
+            if self._out.exists():
+                os.rename(self._out, old)
+            os.rename(self.output, self._out)
+            _sync_folder(self._out.parent)
+        except OSError as error:
+            raise StorageError(
+                f"the finished output cannot take its name: {error.strerror}",
+                where=str(self._out),
+                remedy=f"the finished files are in {self.output}",
+            ) from error
+        self.close()
+        shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        os.close(self._lock)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and make it durable."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="free space on that disk, then run the command again",
+        ) from error

@@ -1,0 +1,106 @@
+"""Which folders are adapters, and what is said of those that are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from adapter_files import lora, write_config, write_weights
+
+from streammerge.adapters import open_adapter
+from streammerge.errors import BadInput, InputMissing, Refused, StreammergeError
+
+SHAPES = lora("model.layers.0.self_attn.q_proj", 4, 4)
+
+
+def refusal(path: Path) -> StreammergeError:
+    with pytest.raises(StreammergeError) as caught:
+        open_adapter(path, "it")
+    assert str(path) in str(caught.value), "the message does not say where"
+    assert "remedy:" in str(caught.value)
+    return caught.value
+
+
+def test_a_folder_is_opened_without_reading_tensors(tmp_path: Path) -> None:
+    write_config(tmp_path, base_model_name_or_path="some/model", peft_version="0.21.2")
+    write_weights(tmp_path, SHAPES)
+    folder = open_adapter(tmp_path, "math")
+    assert (folder.name, folder.path, folder.notes) == ("math", tmp_path, ())
+    assert set(folder.header.tensors) == set(SHAPES)
+    assert folder.config.base_model_name_or_path == "some/model"
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    assert isinstance(refusal(tmp_path / "nowhere"), InputMissing)
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    write_weights(tmp_path, SHAPES)
+    problem = refusal(tmp_path / "adapter_model.safetensors")
+    assert "a folder, not a file" in str(problem)
+    assert f"adapter_model.safetensors: {tmp_path}" in str(problem.remedy)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    problem = refusal(tmp_path)
+    assert isinstance(problem, InputMissing)
+    assert problem.found == "an empty folder"
+
+
+def test_weights_without_a_config_name_what_is_there(tmp_path: Path) -> None:
+    write_weights(tmp_path, SHAPES)
+    problem = refusal(tmp_path)
+    assert problem.exit_code == 66
+    assert problem.found == "adapter_model.safetensors"
+
+
+def test_a_trainers_folder_names_its_checkpoints_and_the_latest(tmp_path: Path) -> None:
+    for step in (1000, 500, 90):
+        write_config(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "runs").mkdir()
+    problem = refusal(tmp_path)
+    assert isinstance(problem, InputMissing)
+    assert "".join(str(problem.found).split()) == "checkpoint-90/checkpoint-500/checkpoint-1000/"
+    assert str(problem.remedy).endswith(str(tmp_path / "checkpoint-1000"))
+
+
+def test_a_full_model_is_sent_to_models(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    problem = refusal(tmp_path)
+    assert isinstance(problem, BadInput)
+    assert problem.remedy == "list it under `models`"
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    problem = refusal(tmp_path)
+    assert isinstance(problem, BadInput)
+    assert "not opened" in str(problem)
+    assert "save_pretrained" in str(problem.remedy)
+
+
+def test_a_pickle_beside_safetensors_does_not_matter(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    write_weights(tmp_path, SHAPES)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    open_adapter(tmp_path, "it")
+
+
+def test_a_name_that_cannot_be_is_no_traceback() -> None:
+    with pytest.raises(BadInput, match="no possible file name"):
+        open_adapter(Path("a\0b"), "it")
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    assert isinstance(refusal(tmp_path), InputMissing)
+
+
+def test_config_and_weights_are_both_judged(tmp_path: Path) -> None:
+    write_config(tmp_path, use_dora=True, r="8")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    problem = refusal(tmp_path)
+    assert isinstance(problem, Refused)
+    text = str(problem)
+    assert all(word in text for word in ("DoRA", "`r`", "adapter_model.safetensors: is empty"))

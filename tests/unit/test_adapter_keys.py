@@ -1,0 +1,148 @@
+"""Which tensors of an adapter belong together, and which are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from adapter_files import PREFIX, base_of, lora
+
+from streammerge.adapters.faults import Findings
+from streammerge.adapters.keys import Contents, sort_tensors, unwrapped
+from streammerge.errors import Problems
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+
+
+def sort(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Contents, list[str]]:
+    findings, problems = Findings("adapter_model.safetensors"), Problems()
+    contents = sort_tensors(base_of(shapes), findings)
+    findings.report(problems)
+    return contents, [str(problem) for problem in problems]
+
+
+def modules(contents: Contents) -> list[str]:
+    return [pair.module for pair in contents.pairs]
+
+
+def test_factors_are_paired() -> None:
+    contents, problems = sort(lora(Q, 6, 4, rank=3) | lora(V, 4, 4))
+    assert (modules(contents), problems) == ([Q, V], [])
+    first = contents.pairs[0]
+    assert (first.rank, first.update_shape) == (3, (6, 4))
+    assert first.a.spec.name == f"{PREFIX}{Q}.lora_A.weight"
+    assert first.b.spec.name == f"{PREFIX}{Q}.lora_B.weight"
+
+
+@pytest.mark.parametrize("name", ["default", "math", "weight", "lora_A"])
+def test_an_adapter_name_that_all_keys_share_is_dropped(name: str) -> None:
+    keys = {key.replace(".weight", f".{name}.weight"): (2, 2) for key in lora(Q, 2, 2)}
+    contents, problems = sort(keys)
+    assert (modules(contents), problems) == ([Q], [])
+
+
+@pytest.mark.parametrize("other", ["weight", "math.weight"])
+def test_two_adapters_in_one_file_are_refused(other: str) -> None:
+    named = {key.replace("weight", "default.weight"): (2, 2) for key in lora(Q, 2, 2)}
+    second = {key.replace("weight", other): (2, 2) for key in lora(Q, 2, 2)}
+    contents, problems = sort(named | second)
+    assert contents.pairs == ()
+    assert len(problems) == 1
+    assert "more than one adapter name" in problems[0]
+    assert f"{PREFIX}{Q}.lora_A.{other}" in problems[0]
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_a_factor_without_its_other_half_is_named(half: str) -> None:
+    shapes = lora(Q, 2, 2) | lora(V, 2, 2)
+    del shapes[f"{PREFIX}{V}.lora_{half}.weight"]
+    contents, problems = sort(shapes)
+    assert modules(contents) == [Q]
+    assert len(problems) == 1
+    assert f"{V}.lora_{'B' if half == 'A' else 'A'}.weight" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ([f"{PREFIX}{Q}", f"{PREFIX}{V}"], [Q, V]),
+        ([Q, V], [Q, V]),
+        ([f"{PREFIX}{Q}", V], [f"{PREFIX}{Q}", V]),  # not shared: not a wrapper
+        ([f"_orig_mod.{PREFIX}{Q}", f"_orig_mod.{PREFIX}{V}"], [Q, V]),
+        ([f"{PREFIX}_orig_mod.{Q}", f"{PREFIX}_orig_mod.{V}"], [Q, V]),
+        ([f"{PREFIX}model._orig_mod.a", f"{PREFIX}model._orig_mod.b"], ["model.a", "model.b"]),
+        ([f"{PREFIX}_orig_mod.{Q}", f"{PREFIX}{V}"], [f"_orig_mod.{Q}", V]),
+        (["_orig_mod.a.b", "a._orig_mod.b"], ["_orig_mod.a.b", "a._orig_mod.b"]),  # would collide
+        ([], []),
+    ],
+)
+def test_wrappers_are_dropped_where_all_have_them(raw: list[str], clean: list[str]) -> None:
+    assert unwrapped(raw) == clean
+
+
+OTHER_TENSORS = [
+    ("model.embed_tokens.lora_embedding_A", (2, 9), "LoRA on an embedding"),
+    ("model.embed_tokens.lora_embedding_B.default", (4, 2), "LoRA on an embedding"),
+    (f"{Q}.lora_magnitude_vector", (4,), "magnitude vectors of DoRA"),
+    (f"{Q}.lora_magnitude_vector.default.weight", (4,), "magnitude vectors of DoRA"),
+    (f"{Q}.lora_B.bias", (4,), "biases of LoRA factors"),
+    (f"{Q}.lora_B.default.bias", (4,), "biases of LoRA factors"),
+    (f"{Q}.lora_diag", (2,), "KaSA"),
+    (f"{Q}.lora_E", (2, 1), "AdaLoRA"),
+    ("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 4), "trainable tokens"),
+    ("lm_head.base_layer.weight", (9, 4), "save_embedding_layers=False"),
+    (f"{Q}.base_layer.bias", (4,), "trained in full"),
+    (f"{Q}.bias", (4,), "trained in full"),
+    ("lm_head.weight", (9, 4), "trained in full"),
+    ("lm_head.modules_to_save.default.weight", (9, 4), "trained in full"),
+    ("model.layers.0.mlp.experts.base_layer.lora_A.weight", (8, 4), "several parameters"),
+    (f"{Q}.lora_A", (2, 4), "no known kind"),
+    ("something", (2, 4), "no known kind"),
+    ("prompt_embeddings", (2, 4), "no known kind"),
+]
+
+
+@pytest.mark.parametrize(("key", "shape", "name"), OTHER_TENSORS)
+def test_more_than_pairs_is_refused_by_name(key: str, shape: tuple[int, ...], name: str) -> None:
+    contents, problems = sort(lora(Q, 4, 4) | {PREFIX + key: shape})
+    assert modules(contents) == [Q]
+    assert len(problems) == 1
+    assert name in problems[0]
+    assert PREFIX + key in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "name"),
+    [
+        ((2, 4, 3, 3), (4, 2, 1, 1), "LoRA on a convolution"),
+        ((2, 4, 3, 3, 3), (4, 2, 1, 1, 1), "LoRA on a convolution"),
+        ((2, 4, 3), (4, 2, 1), "LoRA on a 1-d convolution or on stacked experts"),
+        ((0,), (4, 2), "FSDP"),
+        ((2, 4), (), "FSDP"),
+    ],
+)
+def test_factors_that_are_no_matrices(a: tuple[int, ...], b: tuple[int, ...], name: str) -> None:
+    keys = list(lora(V, 1, 1))
+    contents, problems = sort(lora(Q, 4, 4) | dict(zip(keys, (a, b), strict=True)))
+    assert modules(contents) == [Q]
+    assert len(problems) == 1
+    assert name in problems[0]
+
+
+def test_each_kind_is_said_once_with_the_first_names_and_the_count() -> None:
+    vectors = {f"{PREFIX}layers.{layer}.lora_magnitude_vector": (4,) for layer in range(224)}
+    _, problems = sort(vectors | {"x.lora_E": (2, 1)})
+    assert len(problems) == 2
+    assert "(224 found)" in problems[0]
+    assert "layers.4.lora_magnitude_vector\n            and 219 more" in problems[0]
+    assert "layers.5." not in problems[0]
+
+
+def test_what_acted_in_training_only_is_counted_and_left_out() -> None:
+    state = {
+        f"{PREFIX}{Q}.lora_velora_embed": (4,),
+        f"{PREFIX}{Q}.lora_monteclora_sampler.std_prior": (2,),
+        f"{PREFIX}{Q}.lora_monteclora_sampler.default.expert_weights": (2,),
+    }
+    contents, problems = sort(lora(Q, 4, 4) | state)
+    assert (contents.training_state, problems) == (3, [])
