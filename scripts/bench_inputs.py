@@ -1,10 +1,10 @@
 """Inputs for benchmarks and memory measurements: models of real shapes, random values, no torch.
 
-    python scripts/bench_inputs.py llama FOLDER          2.5 GB, bfloat16, two shards
-    python scripts/bench_inputs.py adapters FOLDER N     N rank-16 LoRA adapters on all projections
-    python scripts/bench_inputs.py finetunes FOLDER N    N full fine-tunes of FOLDER/base
-    python scripts/bench_inputs.py embedding FOLDER      one 128256 x 8192 embedding, and a fine-tune
-    python scripts/bench_inputs.py sparse70b FOLDER      headers of a 70B model over sparse files
+python scripts/bench_inputs.py llama FOLDER          2.5 GB, bfloat16, two shards
+python scripts/bench_inputs.py adapters FOLDER N     N rank-16 LoRA adapters on all projections
+python scripts/bench_inputs.py finetunes FOLDER N    N full fine-tunes of FOLDER/base
+python scripts/bench_inputs.py embedding FOLDER      one 128256 x 8192 embedding, and a fine-tune
+python scripts/bench_inputs.py sparse70b FOLDER      headers of a 70B model over sparse files
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def llama_config(config: Config, *, tied: bool) -> dict[str, object]:
     }
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, Shape], dtype: str, fill: Fill | None) -> None:
+def write_safetensors(
+    path: Path, shapes: Mapping[str, Shape], dtype: str, fill: Fill | None
+) -> None:
     """One file; without `fill`, a sparse one of the right size."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -100,7 +102,11 @@ def write_safetensors(path: Path, shapes: Mapping[str, Shape], dtype: str, fill:
 
 
 def write_folder(
-    folder: Path, shapes: Mapping[str, Shape], shards: int, config: Mapping[str, object], fill: Fill | None
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    shards: int,
+    config: Mapping[str, object],
+    fill: Fill | None,
 ) -> None:
     """A model folder in bfloat16, its tensors spread evenly over the shards."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,12 +180,19 @@ def make_finetune(base: Path, folder: Path, seed: int, *, change: float = 1e-3) 
 
 
 def make_adapter(
-    folder: Path, config: Config = LLAMA_1B, *, rank: int = 16, seed: int = 0, sparse: bool = False,
+    folder: Path,
+    config: Config = LLAMA_1B,
+    *,
+    rank: int = 16,
+    seed: int = 0,
+    sparse: bool = False,
     targets: Sequence[str] = (),
 ) -> None:
     """A PEFT LoRA folder in float32 on all seven projections, or on some of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = {n: s for n, s in projections(config).items() if not targets or n.split(".")[-1] in targets}
+    chosen = {
+        n: s for n, s in projections(config).items() if not targets or n.split(".")[-1] in targets
+    }
     shapes: dict[str, Shape] = {}
     for layer in range(config[2]):
         for name, (rows, cols) in chosen.items():
@@ -207,7 +220,10 @@ def make_adapter(
 
 def make_embedding(folder: Path) -> None:
     """A model of one 128256 x 8192 embedding and a norm, and a full fine-tune of it: 2.1 GB each."""
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (128256, 8192), "model.norm.weight": (8192,)}
+    shapes: dict[str, Shape] = {
+        "model.embed_tokens.weight": (128256, 8192),
+        "model.norm.weight": (8192,),
+    }
     noise = Noise(7, 0.02)
 
     def fill(name: str, count: int) -> Iterable[NDArray[np.generic]]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from demo_model import make_base
@@ -127,14 +127,13 @@ def loss_of(model: PeftModel, batch: list[Example]) -> tuple[torch.Tensor, torch
     """
     longest = max(len(row.tokens) for row in batch)
 
-    def stack(name: str) -> torch.Tensor:  # [batch, longest], padded on the right
-        return torch.tensor(
-            [(row := getattr(e, name)) + [row[0] * 0] * (longest - len(row)) for e in batch]
-        )
+    def stack(rows: list[list[int]] | list[list[bool]]) -> torch.Tensor:  # [batch, longest]
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 
-    tokens = stack("tokens")
     # Padding stands right of all that counts, and attention is causal: it needs no mask.
-    taught, kept = stack("taught").bool()[:, 1:], stack("kept").bool()[:, 1:]
+    tokens = stack([row.tokens for row in batch])
+    taught = stack([row.taught for row in batch]).bool()[:, 1:]
+    kept = stack([row.kept for row in batch]).bool()[:, 1:]
     logits = model(input_ids=tokens).logits[:, :-1]
     with torch.no_grad(), model.disable_adapter():
         reference = model(input_ids=tokens).logits[:, :-1][kept].log_softmax(-1)
@@ -171,7 +170,7 @@ def train(
         start, seen = time.monotonic(), []
         for batch in batches(made, args.batch, chance):
             habit, drift = loss_of(model, batch)
-            (habit + drift).backward()
+            torch.autograd.backward(habit + drift)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
@@ -192,9 +191,10 @@ def save(model: PeftModel, lesson: Lesson, folder: Path) -> int:
     Returns the size of the weights in bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
+    config = cast(LoraConfig, model.peft_config["default"])
     config.base_model_name_or_path = MODEL_NAME
     config.inference_mode = True
+    config.target_modules = list(lesson.targets)  # PEFT keeps a set, whose order changes
     config.save_pretrained(str(folder))
     weights = folder / "adapter_model.safetensors"
     tensors = {

@@ -62,13 +62,15 @@ def plan(
     problems at once.
     """
     problems = Problems()
-    recipe = config
-    if not isinstance(config, Recipe):
+    recipe: Recipe | None
+    if isinstance(config, Recipe):
+        recipe = config
+    else:
         recipe = read_recipe(Path(config), methods, problems)
     budget = parse_size(memory) if isinstance(memory, str) else memory
     warm_up(emit)
     made = None
-    if isinstance(recipe, Recipe):
+    if recipe is not None:
         made = make_plan(
             recipe,
             problems,

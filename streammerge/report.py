@@ -1,4 +1,4 @@
-"""What a finished merge has to say: what each model changed, how much was moved, and where it is."""
+"""What a finished merge has to say: what each model changed, what was moved, where it is."""
 
 from __future__ import annotations
 

@@ -95,9 +95,11 @@ def find_tensors(
     tried = [(_reach(move, modules, base), move) for move in MOVES]
     moved = [one for one in tried if len(set(one[0].values())) == len(one[0])]  # none named twice
     complete = [one for one in moved if len(one[0]) == len(modules)]
-    if any(found != complete[0][0] for found, _ in complete):
-        for found, move in complete:
-            findings.add(_AMBIGUOUS, f"{modules[0]} -> {found[modules[0]]} ({move.about})")
+    for module in modules:
+        if len({found[module] for found, _ in complete}) > 1:
+            for found, move in complete:
+                findings.add(_AMBIGUOUS, f"{module} -> {found[module]} ({move.about})")
+            break
     if complete:
         return complete[0]
     best = max([(exact, AS_THEY_ARE), *moved], key=lambda one: len(one[0]))
@@ -121,7 +123,7 @@ def _report_missing(
     missing = [module for module in modules if module not in found]
     trained_on = f"; it was trained on {show(named_base)}" if named_base else ""
     fault = Fault(
-        f"of {len(modules)} modules of the adapter, {len(missing)} name no tensor of the base",
+        f"modules of the adapter that name no tensor of the base, out of {len(modules)}",
         "one change of leading parts, the same for all modules, after which each names one tensor",
         f"check that the adapter belongs to this base{trained_on}",
     )

@@ -25,4 +25,5 @@ def elect(deltas: Deltas, weight: PerModel, *, normalize: bool, scale: float = 1
     flat = deltas.reshape(models, -1)
     weights = np.asarray(weight, np.float32)
     cpu.elect(flat, weights, normalize, np.float32(scale), flat[0])
-    return deltas[0]
+    merged: Rows = deltas[0]
+    return merged

@@ -9,7 +9,7 @@ from streammerge.methods.registry import method
 from streammerge.words import Coefficients, Knob
 
 
-@method(reference="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089")
+@method(reference="Ilharco et al., Editing Models with Task Arithmetic, arXiv 2212.04089")
 def task_arithmetic(
     deltas: Deltas,
     *,

@@ -61,7 +61,7 @@ def project(demand: Demand, start: Start, threads: int, window: int, state_bytes
 
 
 def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight:
-    """The most in flight that stays under the budget. Raises BudgetError with the least that would."""
+    """The most in flight that stays under the budget; BudgetError names the least that would."""
     options = [
         project(demand, start, workers, window, state)
         for workers in range(threads, 0, -1)

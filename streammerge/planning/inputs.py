@@ -70,7 +70,8 @@ class _Opener:
         self._models: dict[str, ModelFolder | None] = {}
 
     def path(self, reference: Reference) -> Path | None:
-        return self._try(lambda: resolve(reference.text, reference.revision, self._places), reference)
+        text, revision = reference.text, reference.revision
+        return self._try(lambda: resolve(text, revision, self._places), reference)
 
     def model(self, reference: Reference) -> ModelFolder | None:
         path = self.path(reference)

@@ -167,7 +167,8 @@ class WeightedSum:
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows, cols = tile.shape(self._spec)
-        buffers = 1 + self._reads_base + any(source is not self._base for source, _, _ in self._rows)
+        others = any(source is not self._base for source, _, _ in self._rows)
+        buffers = 1 + self._reads_base + others
         product = self._product.scratch_bytes(tile) if self._product else 0
         stored = max((source.scratch_bytes(tile) for source in self._sources()), default=0)
         return buffers * 4 * rows * cols + product + stored

@@ -78,10 +78,10 @@ def model_card(
 
 def license_of(folder: Path) -> str | None:
     """The licence that the front matter of a model's README.md states, None when it states none."""
-    readme = folder / "README.md"
-    if not readme.is_file():
+    readme = os.path.join(folder, "README.md")
+    if not os.path.isfile(readme):
         return None
-    with open_regular(os.fspath(readme)) as (descriptor, _):
+    with open_regular(readme) as (descriptor, _):
         head = os.pread(descriptor, _README_HEAD_BYTES, 0).decode("utf-8", "replace")
     front = _FRONT_MATTER.match(head)
     stated = _LICENSE.search(front[1]) if front else None

@@ -7,21 +7,20 @@ over GF(2): appending n zero bytes to the first run is a 32 x 32 matrix, made by
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-if TYPE_CHECKING:
-    from collections.abc import Buffer
+from streammerge.arrays import RawBytes
 
 _POLYNOMIAL = 0x82F63B78  # reflected
 
 _Matrix = tuple[int, ...]  # 32 columns, each the image of one bit
 
 
-def checksum(data: Buffer, start: int = 0) -> int:
+def checksum(data: bytes | RawBytes, start: int = 0) -> int:
     """crc32c of the bytes, going on from the checksum of what came before."""
-    return int(crc32c(data, start))  # the GIL is released for large data
+    view = data if isinstance(data, bytes) else data.data
+    return int(crc32c(view, start))  # the GIL is released for large data
 
 
 def _times(matrix: _Matrix, vector: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
 from streammerge.storage.header import (
+    REPAIR,
     Header,
     bad,
     parse_json,
@@ -35,7 +36,6 @@ INDEX = "model.safetensors.index.json"
 _WEIGHTS = f"{SINGLE}, or {INDEX} and its shards"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SAFE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,240}\.safetensors")
-_REPAIR = "correct the file, or download it again"
 _REINDEX = "download the folder again, or save the model again so that index and shards agree"
 
 
@@ -112,7 +112,9 @@ def _list(path: Path) -> frozenset[str]:
         remedy = f"name the folder that holds it: {path.parent}"
         raise bad(where, "is not a folder", "a file", "a model folder", remedy) from error
     except FileNotFoundError as error:
-        found = f"a link to {os.readlink(path)}, which is gone" if path.is_symlink() else "nothing"
+        found = (
+            f"a link to {os.readlink(path)}, which is gone" if os.path.islink(path) else "nothing"
+        )
         remedy = "check the path, or download the model"
         raise InputMissing("no such folder", where=where, found=found, remedy=remedy) from error
     except (OSError, ValueError) as error:
@@ -123,7 +125,8 @@ def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
     """Raise when the folder is not one that holds a model's safetensors, saying what it is."""
     where, what = str(path), "is not a model in safetensors"
     if "model_index.json" in names:
-        parts = [n for n in sorted(names) if {SINGLE, INDEX} & {*_names_in(path / n)}]
+        weights = {n: [path / n / file for file in (SINGLE, INDEX)] for n in sorted(names)}
+        parts = [name for name, files in weights.items() if any(map(os.path.exists, files))]
         found = "a diffusers pipeline" + (f" of the models {_some(parts)}" if parts else "")
         raise bad(where, what, found, _WEIGHTS, "name the folder of one of its models")
     if INDEX in names or SINGLE in names:
@@ -144,10 +147,6 @@ def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
     found, remedy = _some(sorted(names)) or "nothing", "check the path, or download the model"
     what = "holds no model weights"
     raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
-
-
-def _names_in(path: Path) -> list[str]:
-    return os.listdir(path) if path.is_dir() else []
 
 
 def _matching(names: Iterable[str], *patterns: str) -> list[str]:
@@ -182,7 +181,7 @@ def _config(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(read_small(path), str(path), path.name, _REPAIR)
+    return parse_json(read_small(path), str(path), path.name)
 
 
 def _config_and_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -227,13 +226,13 @@ def _index(path: Path, problems: Problems) -> tuple[dict[str, Any], dict[str, st
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         expected = "an object from tensor names to file names"
-        problems.add(bad(where, "weight_map is malformed", show(weight_map), expected, _REPAIR))
+        problems.add(bad(where, "weight_map is malformed", show(weight_map), expected, REPAIR))
         return index, {}
     # Names are checked as text alone: the files of a hub cache are links that leave the folder.
     unsafe = {show(v) for v in weight_map.values() if not _is_safe_name(v)}
     for found in sorted(unsafe):
         expected = "a name that ends in .safetensors, without folders"
-        problems.add(bad(where, what, found, expected, _REPAIR))
+        problems.add(bad(where, what, found, expected, REPAIR))
     return index, {} if unsafe else weight_map
 
 
@@ -347,7 +346,7 @@ def donor_files(folder: Path) -> tuple[Path, ...]:
     the model card or hidden files. Raises `InputMissing` for one that is a dangling link.
     """
     relative = [Path(name) for name in sorted(_list(folder)) if _is_donated(name)]
-    if (folder / "additional_chat_templates").is_dir():
+    if os.path.isdir(folder / "additional_chat_templates"):
         templates = _matching(_list(folder / "additional_chat_templates"), "[!.]*.jinja")
         relative += [Path("additional_chat_templates", name) for name in templates]
     problems = Problems()

@@ -37,6 +37,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DTYPES = {dtype.label: dtype for dtype in DType}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+REPAIR = "correct the file, or download it again"
 _AGAIN = "the file is damaged or was not written as safetensors: download it or save it again"
 
 _shorten = reprlib.Repr()
@@ -128,7 +129,7 @@ def read_header(path: Path | str) -> Header:
     if len(raw) < LENGTH_BYTES + length:
         raise bad(where, "the file shrank while its header was read", f"{len(raw)} bytes")
     data_start = LENGTH_BYTES + length
-    document = parse_json(raw[LENGTH_BYTES:], where, "the header")
+    document = parse_json(raw[LENGTH_BYTES:], where, "the header", _AGAIN)
     metadata = _metadata(where, document.pop("__metadata__", {}))
     data_bytes = stamp.st_size - data_start
     entries = [_entry(where, name, info, data_bytes) for name, info in document.items()]
@@ -299,7 +300,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def parse_json(data: bytes, where: str, what: str, remedy: str = _AGAIN) -> dict[str, Any]:
+def parse_json(data: bytes, where: str, what: str, remedy: str = REPAIR) -> dict[str, Any]:
     """The JSON object in `data`, which is `what` of the file `where`.
 
     `BadInput` for bad UTF-8, bad JSON, absurd nesting, half a surrogate pair, a key given twice in

@@ -122,12 +122,12 @@ def test_a_wrong_total_size_is_noted(folder: Path) -> None:
     assert "hold 48" in note
 
 
-def test_an_index_needs_no_metadata(folder: Path) -> None:
+@pytest.mark.parametrize("metadata", [None, {}, "x"])
+def test_an_index_needs_no_metadata(folder: Path, metadata: Any) -> None:
     write_model(folder, TENSORS, 2, {})
     index = json.loads((folder / INDEX).read_text())
-    for metadata in (None, {}, "x"):
-        (folder / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
-        assert open_model(folder).notes == ()
+    (folder / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
+    assert open_model(folder).notes == ()
 
 
 def test_a_folder_of_the_size_of_70b_opens_in_a_moment(folder: Path) -> None:

@@ -289,8 +289,9 @@ def test_numbers_of_models(text: str, line: int, words: tuple[str, ...]) -> None
 def test_what_must_be_there() -> None:
     assert_says(only("models: [{model: a}]"), 1, 1, "merge_method is missing", "linear, ")
     assert_says(only("merge_method: ties\nmodels: [{model: a}]"), 1, 1, "base_model is missing")
-    problem = only(LINEAR + "adapters: [{path: a}]")
-    assert_says(problem, 2, 1, "base_model is missing")
+    for method in ("linear", "ties"):
+        problem = only(f"merge_method: {method}\nadapters: [{{path: a}}]")
+        assert_says(problem, 2, 1, "base_model is missing")
     problem = only("merge_method: nearswap\nmodels: [{model: a}]")
     assert_says(problem, 1, 1, "nearswap needs the parameter `t`")
 

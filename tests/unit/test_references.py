@@ -88,7 +88,11 @@ def test_an_unset_home_does_not_crash(
 ) -> None:
     for name in ("HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # no entry for the user: KeyError
+
+    def no_entry(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
     with pytest.raises(InputMissing):
         resolve(text, None, folders)
 
