@@ -219,7 +219,7 @@ def make_adapter(
 
 
 def make_embedding(folder: Path) -> None:
-    """A model of one 128256 x 8192 embedding and a norm, and a full fine-tune of it: 2.1 GB each."""
+    """A model of one 128256 x 8192 embedding and a norm, and a fine-tune of it: 2.1 GB each."""
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (128256, 8192),
         "model.norm.weight": (8192,),

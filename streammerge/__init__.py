@@ -1,7 +1,7 @@
 """Out-of-core streaming merges of language models and LoRA adapters.
 
-    import streammerge as sm
-    sm.merge("cfg.yaml", out="merged", memory="2GiB")
+import streammerge as sm
+sm.merge("cfg.yaml", out="merged", memory="2GiB")
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ def _recipe_options(command: _F) -> _F:
             show_default=True,
             help="How inputs are read; auto maps local files and reads network ones.",
         ),
-        click.option("--shard-size", metavar="SIZE", help="Largest output file. Default: the base's."),
+        click.option(
+            "--shard-size", metavar="SIZE", help="Largest output file; default: as the base."
+        ),
         click.option("--seed", type=int, help="For methods that draw random numbers."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]
@@ -176,7 +178,7 @@ def _recipe(config: str | None, options: dict[str, Any], *, echo: bool) -> Recip
     """The recipe of a file or of the options; the latter is printed, as a file to keep."""
     given = [k for k in ("base", "adapters", "models", "method", "out_dtype") if options[k]]
     if config and given:
-        raise click.UsageError("give a CONFIG, or --base, --adapter, --model and --method; not both")
+        raise click.UsageError("give a CONFIG, or --base, --adapter and --method; not both")
     if not config and not options["method"]:
         raise click.UsageError("give a CONFIG, or --base, --adapter and --method")
     _prepare(options["cache"])
@@ -300,4 +302,3 @@ def main() -> None:
 def _pairs() -> list[tuple[str, tuple[str, str]]]:
     arguments = sys.argv[1:]
     return [(one, (one, two)) for one, two in zip(arguments, [*arguments[1:], ""], strict=True)]
-

@@ -6,7 +6,6 @@ cast, the sink's write; the receipt goes back to the one thread that keeps the r
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -17,29 +16,26 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from streammerge import __version__, events, kernels, system
+from streammerge import events, kernels, system
 from streammerge.arrays import PerModel
-from streammerge.errors import BadInput, OutputRefused, Problems, StreammergeError
+from streammerge.errors import BadInput, OutputRefused, Problems
 from streammerge.kernels.casts import narrow, not_finite
 from streammerge.memory import Scratch, default_budget
 from streammerge.methods import CATALOGUE
-from streammerge.planning import MergeJob, Plan, make_plan
+from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import Identity, identify
+from streammerge.publication import compare_buffers, is_complete, refuse_overlap, write_companions
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
 from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
-from streammerge.sinks.companions import copy_donor_files, write_documents, write_index
 from streammerge.sinks.shards import Receipt, ShardsSink
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
-from streammerge.storage.card import license_of, model_card
 from streammerge.storage.journal import Journal
-from streammerge.storage.references import display_name
-from streammerge.storage.rundir import RunDirectory, check_output, finished_record
+from streammerge.storage.rundir import RunDirectory, check_output
 from streammerge.words import MethodSpec
 
 PROGRESS_SECONDS = 0.2
-LEAST_BUFFER_CHUNK = 16 << 20
 
 
 # ------------------------------------------------------------------------------------- the faces
@@ -62,11 +58,7 @@ def plan(
     problems at once.
     """
     problems = Problems()
-    recipe: Recipe | None
-    if isinstance(config, Recipe):
-        recipe = config
-    else:
-        recipe = read_recipe(Path(config), methods, problems)
+    recipe = config if isinstance(config, Recipe) else read_recipe(Path(config), methods, problems)
     budget = parse_size(memory) if isinstance(memory, str) else memory
     warm_up(emit)
     made = None
@@ -132,13 +124,13 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
         emit(events.Warned(warning))
     for note in plan.notes:
         emit(events.Note(note))
-    _refuse_overlap(plan, out)
+    refuse_overlap(plan, out)
     identity = identify(plan.inputs, to_yaml(plan.recipe, portable=True))
     changes = Changes([model.name for model in plan.inputs.models], plan.applied())
-    already = not force and _is_complete(plan, out, identity)
+    already = not force and is_complete(plan, out, identity)
     if not already:
         check_output(out, force=force)
-        _compare_buffers(plan)
+        compare_buffers(plan)
         with threadpool_limits(1, "blas"):
             _build(plan, out, identity, changes, emit, started)
     return Report(
@@ -174,9 +166,7 @@ def _build(
     try:
         with ThreadPoolExecutor(plan.flight.threads, "worker") as pool:
             flight = plan.flight
-            courses = (
-                Course(job, flight.state_bytes, flight.parts_ahead) for job in plan.jobs()
-            )
+            courses = (Course(job, flight.state_bytes, flight.parts_ahead) for job in plan.jobs())
             finished = drive(
                 courses,
                 lambda item: pool.submit(worker.work, item),
@@ -194,7 +184,7 @@ def _build(
         raise
     finally:
         plan.files.close()
-    _write_companions(plan, state.output, identity, sink, changes)
+    write_companions(plan, state.output, identity, sink, changes)
     journal.append([{"published": True}])
     journal.close()
     state.publish()
@@ -294,72 +284,6 @@ class _Meter:
             )
 
 
-# ------------------------------------------------------------------------------ before and after
-
-
-def _refuse_overlap(plan: Plan, out: Path) -> None:
-    """The output must not be, contain or lie in a folder that is read."""
-    target = os.path.realpath(out)
-    for header in plan.inputs.headers():
-        folder = os.path.realpath(os.path.dirname(header.path))
-        if target == folder or folder.startswith(target + os.sep):
-            relation = "is" if target == folder else "contains"
-        elif target.startswith(folder + os.sep):
-            relation = "lies in"
-        else:
-            continue
-        raise OutputRefused(
-            f"the output {relation} an input folder",
-            where=str(out),
-            found=folder,
-            remedy="choose an --out outside of the inputs",
-        )
-
-
-def _is_complete(plan: Plan, out: Path, identity: Identity) -> bool:
-    """Whether the folder holds this very merge, finished, with every shard at its size."""
-    record = finished_record(out)
-    if record is None or record.get("fingerprint") != identity.fingerprint:
-        return False
-    files = {layout.name: layout.size_bytes for layout in plan.layouts}
-    return all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
-
-
-def _compare_buffers(plan: Plan) -> None:
-    """Integer and boolean tensors are copied from the donor, so all models must agree on them."""
-    donor = plan.inputs.donor
-    scratches = Scratch(), Scratch()
-    buffers = [name for name in donor.tensors if not donor.tensors[name].spec.dtype.mergeable]
-    folders = {model.folder.path: model.folder for model in plan.inputs.models}
-    for name in buffers:
-        for folder in folders.values():
-            if folder is donor or name not in folder.tensors:
-                continue
-            _compare_buffer(plan, name, folder.tensors[name].path, scratches)
-
-
-def _compare_buffer(
-    plan: Plan, name: str, path: str, scratches: tuple[Scratch, Scratch]
-) -> None:
-    from streammerge import grid
-
-    ours = plan.inputs.donor.tensors[name]
-    folders = [model.folder for model in plan.inputs.models]
-    theirs = next(f.tensors[name] for f in folders if name in f.tensors and f.tensors[name].path == path)
-    for tile in grid.tiles(ours.spec):
-        with (
-            plan.files.tile(ours, tile, scratches[0]) as a,
-            plan.files.tile(theirs, tile, scratches[1]) as b,
-        ):
-            if not np.array_equal(a, b):
-                raise BadInput(
-                    f"the buffer {name} differs from the one in {ours.path}",
-                    where=path,
-                    found=f"other values in rows {tile.start} to {tile.stop - 1}",
-                    remedy="buffers are copied, not merged: merge models that agree on them",
-                )
-
-
 def _refuse_not_finite(item: Merge, in_float32: int) -> None:
     spec, tile = item.job.target.spec, item.tile
     place = f"{spec.name}, rows {tile.start} to {tile.stop - 1}"
@@ -374,47 +298,3 @@ def _refuse_not_finite(item: Merge, in_float32: int) -> None:
         where=place,
         remedy="choose out_dtype: bfloat16 or float32",
     )
-
-
-def _write_companions(
-    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
-) -> None:
-    inputs, recipe = plan.inputs, plan.recipe
-    donor = inputs.donor
-    copy_donor_files(folder, donor.path, donor.config, recipe.out_dtype)
-    write_index(folder, plan.layouts)
-    recipe_yaml = to_yaml(recipe, portable=True)
-    folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]
-    card = model_card(
-        base=display_name(donor.path),
-        models=[display_name(path) for path in folders],
-        method=recipe.method.name,
-        recipe_yaml=recipe_yaml,
-        library_version=__version__,
-        changed=[str(change) for change in changes.result()],
-        license=license_of(donor.path),
-    )
-    shards = sink.shard_checksums(plan.layouts)
-    record = {
-        "format": 1,
-        "streammerge": __version__,
-        "fingerprint": identity.fingerprint,
-        "method": recipe.method.name,
-        "environment": identity.environment,
-        "inputs": identity.inputs,
-        "changes": [
-            {
-                "model": change.name,
-                "applied": change.applied,
-                "total": change.total,
-                "relative": None if change.relative is None else float(f"{change.relative:.6g}"),
-            }
-            for change in changes.result()
-        ],
-        "shards": {
-            layout.name: {"bytes": layout.size_bytes, "crc32c": shards[layout.name]}
-            for layout in plan.layouts
-        },
-        "tensors": {name: sink.checksums[name] for name in sorted(sink.checksums)},
-    }
-    write_documents(folder, card=card, recipe=recipe_yaml, record=record)

@@ -22,7 +22,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the merge is. `done` and `total` count bytes written and measured; never backwards."""
+    """How far the merge is; `done` and `total` count bytes written or measured."""
 
     done: int
     total: int

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from streammerge.adapters.fields import IGNORED, is_off, refused_fields, refused_type
 from streammerge.errors import BadInput, Problems, StreammergeError
-from streammerge.storage.header import parse_json, read_small, show
+from streammerge.storage.smallfile import parse_json, read_small, show
 
 _Value = TypeVar("_Value")
 

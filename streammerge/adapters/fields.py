@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from streammerge.adapters.faults import MERGE_FIRST
 from streammerge.errors import BadInput
-from streammerge.storage.header import show
+from streammerge.storage.smallfile import show
 
 _NOT_ONE_WEIGHT: Final = (
     "leave it out: no merged weight computes the same; serve it with PEFT beside the merged model"

@@ -10,7 +10,8 @@ from typing import Final
 from streammerge.adapters.config import LoraConfig, read_config
 from streammerge.adapters.faults import listed
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
-from streammerge.storage.header import Header, read_header, unreadable
+from streammerge.storage.header import Header, read_header
+from streammerge.storage.smallfile import unreadable
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Final
 
 from streammerge.adapters.faults import NAMES_SHOWN, Fault, Findings
-from streammerge.storage.header import show
+from streammerge.storage.smallfile import show
 
 _SUFFIX: Final = ".weight"
 

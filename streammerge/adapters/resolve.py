@@ -13,7 +13,7 @@ from streammerge.adapters.keys import Pair, sort_tensors
 from streammerge.adapters.lora import LoraAdapter, Orientation, fits
 from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors
 from streammerge.errors import BadInput, Problems
-from streammerge.storage.header import show
+from streammerge.storage.smallfile import show
 from streammerge.words import Extent
 
 HEAD: Final = "lm_head"

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from streammerge.storage.header import open_regular
 from streammerge.storage.references import is_hub_id
+from streammerge.storage.smallfile import open_regular
 
 _README_HEAD_BYTES = 64 << 10
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)

@@ -18,16 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
-from streammerge.storage.header import (
-    REPAIR,
-    Header,
-    bad,
-    parse_json,
-    read_header,
-    read_small,
-    show,
-    unreadable,
-)
+from streammerge.storage.header import Header, read_header
+from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
 from streammerge.words import FLOAT_NAMES, DType, Extent
 
 CONFIG = "config.json"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streammerge.errors import ConfigError, InputMissing
-from streammerge.storage.header import bad, read_small, show
+from streammerge.storage.smallfile import bad, read_small, show
 
 # A repository's id as the hub allows it: `name` or `org/name`.
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"

@@ -18,7 +18,8 @@ import pytest
 import safetensors
 
 from streammerge.errors import BadInput, InputMissing, StorageError
-from streammerge.storage.header import TensorTable, read_header, read_small
+from streammerge.storage.header import TensorTable, read_header
+from streammerge.storage.smallfile import read_small
 from streammerge.words import DType, Extent, TensorSpec
 from tests.makers import frame, header_of, write_safetensors
 

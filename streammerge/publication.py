@@ -1,0 +1,128 @@
+"""Around the main loop: whether the output may be written, and what goes beside its shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streammerge import __version__, grid
+from streammerge.errors import BadInput, OutputRefused
+from streammerge.memory import Scratch
+from streammerge.planning import Plan
+from streammerge.planning.fingerprint import Identity
+from streammerge.recipe import to_yaml
+from streammerge.report import Change, Changes
+from streammerge.sinks.companions import copy_donor_files, write_documents, write_index
+from streammerge.sinks.shards import ShardsSink
+from streammerge.storage.bytesource import Files
+from streammerge.storage.card import license_of, model_card
+from streammerge.storage.references import display_name
+from streammerge.storage.rundir import finished_record
+from streammerge.words import Extent
+
+
+def refuse_overlap(plan: Plan, out: Path) -> None:
+    """The output must not be, contain or lie in a folder that is read."""
+    target = os.path.realpath(out)
+    for header in plan.inputs.headers():
+        folder = os.path.realpath(os.path.dirname(header.path))
+        if target == folder or folder.startswith(target + os.sep):
+            relation = "is" if target == folder else "contains"
+        elif target.startswith(folder + os.sep):
+            relation = "lies in"
+        else:
+            continue
+        raise OutputRefused(
+            f"the output {relation} an input folder",
+            where=str(out),
+            found=folder,
+            remedy="choose an --out outside of the inputs",
+        )
+
+
+def is_complete(plan: Plan, out: Path, identity: Identity) -> bool:
+    """Whether the folder holds this very merge, finished, with every shard at its size."""
+    record = finished_record(out)
+    if record is None or record.get("fingerprint") != identity.fingerprint:
+        return False
+    files = {layout.name: layout.size_bytes for layout in plan.layouts}
+    return all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
+
+
+def compare_buffers(plan: Plan) -> None:
+    """Integer and boolean tensors are copied from the donor, so all models must agree on them."""
+    donor = plan.inputs.donor
+    buffers = [n for n in donor.tensors if not donor.tensors[n].spec.dtype.mergeable]
+    folders = {str(model.folder.path): model.folder for model in plan.inputs.models}
+    for folder in folders.values():
+        for name in buffers:
+            if folder is not donor and name in folder.tensors:
+                _compare(plan.files, donor.tensors[name], folder.tensors[name])
+
+
+def _compare(files: Files, ours: Extent, theirs: Extent) -> None:
+    scratches = Scratch(), Scratch()
+    for tile in grid.tiles(ours.spec):
+        with (
+            files.tile(ours, tile, scratches[0]) as a,
+            files.tile(theirs, tile, scratches[1]) as b,
+        ):
+            if not np.array_equal(a, b):
+                raise BadInput(
+                    f"the buffer {ours.spec.name} differs from the one in {ours.path}",
+                    where=theirs.path,
+                    found=f"other values in rows {tile.start} to {tile.stop - 1}",
+                    remedy="buffers are copied, not merged: merge models that agree on them",
+                )
+
+
+def write_companions(
+    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
+) -> None:
+    """All of the output but its shards: config, tokenizer, index, card, recipe, and the record."""
+    inputs, recipe = plan.inputs, plan.recipe
+    donor = inputs.donor
+    copy_donor_files(folder, donor.path, donor.config, recipe.out_dtype)
+    write_index(folder, plan.layouts)
+    recipe_yaml = to_yaml(recipe, portable=True)
+    folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]
+    card = model_card(
+        base=display_name(donor.path),
+        models=[display_name(path) for path in folders],
+        method=recipe.method.name,
+        recipe_yaml=recipe_yaml,
+        library_version=__version__,
+        changed=[str(change) for change in changes.result()],
+        license=license_of(donor.path),
+    )
+    record = _record(plan, identity, sink, changes)
+    write_documents(folder, card=card, recipe=recipe_yaml, record=record)
+
+
+def _record(plan: Plan, identity: Identity, sink: ShardsSink, changes: Changes) -> dict[str, Any]:
+    """streammerge.json: what was merged, by what, and checksums of what came of it."""
+    shards = sink.shard_checksums(plan.layouts)
+    return {
+        "format": 1,
+        "streammerge": __version__,
+        "fingerprint": identity.fingerprint,
+        "method": plan.recipe.method.name,
+        "environment": identity.environment,
+        "inputs": identity.inputs,
+        "changes": [_change(change) for change in changes.result()],
+        "shards": {
+            layout.name: {"bytes": layout.size_bytes, "crc32c": shards[layout.name]}
+            for layout in plan.layouts
+        },
+        "tensors": {name: sink.checksums[name] for name in sorted(sink.checksums)},
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    # Six digits: the norms are for people, and summed with reassociation.
+    relative = None if change.relative is None else float(f"{change.relative:.6g}")
+    counts = {"applied": change.applied, "total": change.total}
+    return {"model": change.name, **counts, "relative": relative}
