@@ -22,13 +22,16 @@ CARRIER: dict[DType, type[np.generic]] = {
 def widen(stored: RawBytes, dtype: DType, out: Rows) -> None:
     """Stored little-endian elements `[n * itemsize]` to float32 `[rows, cols]`, n = rows * cols."""
     elements = stored.view(CARRIER[dtype])
+    flat = out.reshape(-1)
     if dtype is DType.BF16:
         from streammerge.kernels import cpu
 
-        cpu.bfloat16_to_float32(elements, out.reshape(-1))
+        cpu.bfloat16_to_float32(elements, flat)
+    elif dtype is DType.F64:
+        with np.errstate(over="ignore"):  # beyond float32: infinite, found when it is written
+            np.copyto(flat, elements, casting="same_kind")
     else:
-        with np.errstate(over="ignore"):  # float64 beyond float32: infinite, found when written
-            np.copyto(out.reshape(-1), elements, casting="same_kind")
+        np.copyto(flat, elements)
 
 
 def narrow(rows: Rows, dtype: DType, out: RawBytes) -> int:

@@ -92,10 +92,10 @@ def _samples(merged: Merged) -> Sequence[Tile]:
 def predict_seconds(demand: Demand, models: int, rank: int, threads: int) -> float:
     """A rough prediction, from rates measured on two cores of a server of 2023.
 
-    `rank` is the sum of the ranks of all adapters. Good to a factor of two where the disk keeps
-    up with 0.7 GB/s.
+    `rank` is the sum of the ranks of all adapters. Good to a factor of two where the disk takes
+    a GB/s.
     """
-    per_element = 1.2 + 0.035 * rank + (0.9 * models if demand.most_reads > 1 else 0.0)
+    per_element = 3.5 + 0.035 * rank + (1.6 * models if demand.most_reads > 1 else 0.0)
     compute = demand.tile_reads * per_element * 1e-9 / threads
-    disk = demand.write_bytes / 0.9e9 + demand.read_bytes / 3e9
-    return 1.0 + max(compute, 0.3 * compute + disk)
+    disk = demand.write_bytes / 1.5e9 + demand.read_bytes / 5e9
+    return 1.3 + compute + disk

@@ -55,21 +55,23 @@ def identity(reference: Reference, folder: Path) -> tuple[str, str | None]:
     return existing_path(reference.text, folder) or reference.text, reference.revision
 
 
-def without_folders(text: str) -> str:
-    """A path that says nothing of this machine: the last part of an absolute one.
+def without_folders(text: str, folder: Path) -> str:
+    """A reference that says nothing of where things lie: the last part of a path.
 
-    A folder of the hub's cache becomes the model's id; hub ids and relative paths stay.
+    A folder of the hub's cache becomes the model's id, and hub ids stay.
     """
     if cached := _HUB_CACHE.search(text):
         return cached[1].replace("--", "/")
-    if text.startswith(("/", "~")):
+    if text.startswith(("/", "~", ".")) or existing_path(text, folder):
         return PurePath(text).name or "model"
     return text
 
 
 def default_name(reference: Reference) -> str:
     """The last part of the path or hub id."""
-    return PurePath(without_folders(reference.text)).name or "model"
+    if cached := _HUB_CACHE.search(reference.text):
+        return cached[1].rpartition("--")[2]
+    return PurePath(reference.text).name or "model"
 
 
 def written(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,7 +20,7 @@ def to_yaml(recipe: Recipe, *, portable: bool = False) -> str:
     """The canonical YAML: every parameter that applies is written out.
 
     `portable` is for the output's folder, whose files must not depend on where anything lies:
-    absolute paths are reduced to their last part and the output's path is left out.
+    paths are reduced to their last part and the output's path is left out.
     """
     subject = _portable(recipe) if portable else recipe
     first = _first_shorthand(subject)
@@ -97,14 +98,14 @@ def _portable(recipe: Recipe) -> Recipe:
     entries = (
         replace(
             entry,
-            model=_without_folders(entry.model),
-            adapter=entry.adapter and _without_folders(entry.adapter),
+            model=_without_folders(entry.model, recipe.folder),
+            adapter=entry.adapter and _without_folders(entry.adapter, recipe.folder),
         )
         for entry in recipe.entries
     )
-    base = recipe.base and _without_folders(recipe.base)
+    base = recipe.base and _without_folders(recipe.base, recipe.folder)
     return replace(recipe, base=base, entries=tuple(entries), output=None)
 
 
-def _without_folders(reference: Reference) -> Reference:
-    return replace(reference, text=without_folders(reference.text))
+def _without_folders(reference: Reference, folder: Path) -> Reference:
+    return replace(reference, text=without_folders(reference.text, folder))

@@ -248,6 +248,22 @@ def test_a_mapping_that_would_be_misread_as_text_stays_a_mapping(tmp_path: Path)
     assert read(to_yaml(recipe), tmp_path) == recipe
 
 
+def test_portable_yaml_is_the_same_from_wherever_inputs_are_staged(tmp_path: Path) -> None:
+    texts = set()
+    for places in ("a/base", "b/c/base"):
+        root = tmp_path / places
+        root.mkdir(parents=True)
+        (root.parent / "math").mkdir()
+        config = tmp_path / "cfg.yaml"
+        config.write_text(
+            f"base_model: {places}\nmerge_method: ties\nadapters: [{{path: {places}/../math}}]\n"
+        )
+        recipe = read_recipe(config, METHODS, Problems())
+        assert recipe is not None
+        texts.add(to_yaml(recipe, portable=True))
+    assert len(texts) == 1
+
+
 def test_portable_yaml_names_no_folder_of_this_machine() -> None:
     recipe = read(
         """\
