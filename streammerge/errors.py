@@ -14,7 +14,7 @@ Exit codes follow sysexits.h.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -136,11 +136,3 @@ class Problems:
 
     def __iter__(self) -> Iterator[StreammergeError]:
         return iter(self._found)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """`did you mean X?`, for the nearest of the known words, None where none is near."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else None

@@ -193,6 +193,15 @@ def on_network_file_system(path: str) -> bool:
     return kind in _NETWORK_FILE_SYSTEMS
 
 
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read into the buffer, without a copy where the system can; returns how much, 0 at the end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    data = os.pread(descriptor, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
 def will_need(descriptor: int, offset: int, length: int) -> None:
     """Ask the kernel to read a range of a file ahead."""
     if hasattr(os, "posix_fadvise"):

@@ -26,10 +26,10 @@ TILED = (256, 4096, 2, 64, 4000)
 
 ADAPTERS = """\
 base_model: ./base
-merge_method: {method}
+merge_method: METHOD
 adapters:
-  - {{path: ./lora-0, weight: 0.7}}
-  - {{path: ./lora-1, weight: 0.3}}
+  - {path: ./lora-0, weight: 0.7}
+  - {path: ./lora-1, weight: 0.3}
 """
 
 
@@ -46,10 +46,10 @@ def make_inputs(folder: Path, config: bench_inputs.Config = TINY, *, tuned: bool
     return folder
 
 
-def write_recipe(folder: Path, method: str, text: str = ADAPTERS) -> Path:
-    """A recipe beside the inputs."""
-    path = folder / f"{method}.yaml"
-    path.write_text(text.format(method=method))
+def write_recipe(folder: Path, name: str, text: str = ADAPTERS) -> Path:
+    """A recipe beside the inputs; the usual one is of two adapters by the method of its name."""
+    path = folder / f"{name}.yaml"
+    path.write_text(text.replace("METHOD", name))
     return path
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streammerge.errors import ConfigError, did_you_mean
+from streammerge.errors import ConfigError
 from streammerge.methods import CATALOGUE
 from streammerge.words import Knob, Knobs, MethodSpec
 
 
 def _find(name: str) -> MethodSpec:
     if name not in CATALOGUE:
+        from streammerge.recipe.wording import nearest  # brings pydantic: only for an error
+
+        near = nearest(name, CATALOGUE)
         raise ConfigError(
             "no such merge method",
             found=name,
             expected=", ".join(CATALOGUE),
-            remedy=did_you_mean(name, CATALOGUE) or "`streammerge methods` lists them",
+            remedy=f"did you mean {near}?" if near else "`streammerge methods` lists them",
         )
     return CATALOGUE[name]
 

@@ -197,7 +197,7 @@ def _read_into(descriptor: int, path: str, offset: int, out: RawBytes) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(descriptor, [view[done:]], offset + done)
+            count = system.read_into(descriptor, view[done:], offset + done)
         except OSError as error:
             raise _failed(f"cannot be read at offset {offset + done}", path, error) from error
         if count == 0:
