@@ -202,12 +202,6 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
     return len(data)
 
 
-def will_need(descriptor: int, offset: int, length: int) -> None:
-    """Ask the kernel to read a range of a file ahead."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
-
-
 def drop_mapped(mapping: mmap.mmap, offset: int, length: int) -> None:
     """Unmap the pages of a range again, so that they stop counting as resident."""
     if hasattr(mmap, "MADV_DONTNEED") and len(mapping):

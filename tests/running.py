@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,12 @@ def run(
     )
 
 
+def fresh_process() -> ProcessPoolExecutor:
+    """One new Python process to call functions in: a small budget must hold for the process as a
+    whole, and the one that runs the tests has torch in its memory."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Relative name -> bytes of every file of a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -94,7 +102,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         raw = path.read_bytes()
-        read = {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in deserialize(raw)}
+        read = {n: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for n, t in deserialize(raw)}
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         found |= {name: read[name] for name in header if name in read}
     return found

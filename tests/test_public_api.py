@@ -13,7 +13,7 @@ import pytest
 import streammerge as sm
 from streammerge import events
 from streammerge.errors import BudgetError
-from tests.running import make_inputs, tensors, write_recipe
+from tests.running import fresh_process, make_inputs, tensors, write_recipe
 
 NAMES = {"Plan", "Report", "StreammergeError", "__version__", "merge", "plan"}
 
@@ -68,7 +68,8 @@ def test_importing_loads_nothing_heavy() -> None:
 
 def test_plan_says_what_merge_then_does(recipe: Path, tmp_path: Path) -> None:
     planned = sm.plan(recipe, memory="2GiB")
-    report = sm.merge(recipe, out=tmp_path / "out", memory="2GiB")
+    with fresh_process() as pool:
+        report = pool.submit(sm.merge, recipe, out=tmp_path / "out", memory="2GiB").result()
     assert isinstance(planned, sm.Plan)
     assert isinstance(report, sm.Report)
     assert report.out == tmp_path / "out"

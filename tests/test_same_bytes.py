@@ -22,7 +22,16 @@ import streammerge as sm
 from streammerge.arrays import RawBytes
 from streammerge.storage.shard import ShardFile
 from tests.makers import write_model
-from tests.running import TILED, digest, files, make_inputs, run, tensor_digest, tensors
+from tests.running import (
+    TILED,
+    digest,
+    files,
+    fresh_process,
+    make_inputs,
+    run,
+    tensor_digest,
+    tensors,
+)
 
 # Adapters that share every projection, and a full fine-tune that changes all tensors.
 RECIPES = {
@@ -54,7 +63,7 @@ adapters:
 """,
 }
 
-Merge = Callable[..., Path]
+Merge = Callable[..., sm.Report]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +75,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def usual(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def merge() -> Iterator[Merge]:
+    """`sm.merge` in a process of its own."""
+    with fresh_process() as pool:
+        yield lambda *args, **options: pool.submit(sm.merge, *args, **options).result()
+
+
+@pytest.fixture(scope="module")
+def usual(inputs: Path, merge: Merge, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The output of each recipe, made in the plainest way."""
     outs = tmp_path_factory.mktemp("usual")
     for name in RECIPES:
-        sm.merge(inputs / f"{name}.yaml", out=outs / name, memory="384MiB", threads=1, io="read")
+        merge(inputs / f"{name}.yaml", out=outs / name, memory="384MiB", threads=1, io="read")
     return {name: outs / name for name in RECIPES}
 
 
@@ -86,10 +102,17 @@ WAYS = list(itertools.product((1, 2, 4), ("384MiB", "4GiB"), ("mmap", "read")))
 @pytest.mark.parametrize("method", ["linear", "ties"])
 @pytest.mark.parametrize(("threads", "memory", "io"), WAYS)
 def test_threads_budget_and_io_change_no_byte(
-    inputs: Path, usual: dict[str, Path], out: Path, method: str, threads: int, memory: str, io: str
+    inputs: Path,
+    usual: dict[str, Path],
+    merge: Merge,
+    out: Path,
+    method: str,
+    threads: int,
+    memory: str,
+    io: str,
 ) -> None:
     recipe = inputs / f"{method}.yaml"
-    report = sm.merge(recipe, out=out, memory=memory, threads=threads, io=io)  # type: ignore[arg-type]
+    report = merge(recipe, out=out, memory=memory, threads=threads, io=io)
     assert not report.already_done
     assert digest(out) == digest(usual[method])
 

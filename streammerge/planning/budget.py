@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from streammerge import system
 from streammerge.errors import BudgetError
-from streammerge.planning.cost import Demand
+from streammerge.planning.cost import MOST_JOBS, Demand
 from streammerge.sizes import format_size
 
 MIB = 1 << 20
@@ -48,11 +48,11 @@ class Start:
 
 def project(demand: Demand, start: Start, threads: int, window: int, state_bytes: int) -> Flight:
     """The peak with so much in flight."""
-    state = min(state_bytes, demand.state_bytes)
+    held = sum(factors + min(state, state_bytes) for factors, state in demand.held[:window])
     flight = Flight(threads, window, state_bytes, 0)
     needed = (
         threads * (demand.worker_bytes + _THREAD_BYTES)
-        + window * (demand.resident_bytes + state)
+        + held
         + flight.parts_ahead * demand.part_bytes
         + _FIXED_BYTES
     )
@@ -66,7 +66,7 @@ def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight
         project(demand, start, workers, window, state)
         for workers in range(threads, 0, -1)
         for state in _STATES
-        for window in sorted({max(2, workers), 2, 1}, reverse=True)
+        for window in sorted({min(MOST_JOBS, max(2, workers)), 2, 1}, reverse=True)
     ]
     for flight in options:
         if flight.projected_bytes <= budget_bytes:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 
 from streammerge import grid
 from streammerge.planning.jobs import CopyJob, Job, MergeJob
 from streammerge.words import Merged, StatisticValue, Tile
 
-MIB = 1 << 20
+# As many jobs as are ever in flight at once.
+MOST_JOBS = 64
 
 
 @dataclass(slots=True)
@@ -25,8 +27,8 @@ class Demand:
     progress_bytes: int = 0  # of the output, counted once for each read of a tensor
     most_reads: int = 1
     worker_bytes: int = 0  # of one thread, at its largest tile
-    resident_bytes: int = 0  # of one job: factors
-    state_bytes: int = 0  # of one job: what its statistics could hold
+    # Of the jobs that hold most: bytes of factors, and what the statistics could grow to.
+    held: list[tuple[int, int]] = field(default_factory=list)
     part_bytes: int = 0  # of one measured part
     touched: dict[int, int] = field(default_factory=dict)  # model -> tensors it takes part in
     reads: dict[int, int] = field(default_factory=dict)  # reads of a tensor -> tensors
@@ -58,17 +60,17 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
     demand.progress_bytes += reads * job.target.spec.nbytes
     demand.most_reads = max(demand.most_reads, reads)
     demand.reads[reads] = demand.reads.get(reads, 0) + 1
-    demand.resident_bytes = max(demand.resident_bytes, merged.resident_bytes)
     for model in job.models:
         demand.touched[model] = demand.touched.get(model, 0) + 1
     tiles = [grid.largest_tile(merged.spec)]
+    state = 0
     if reads > 1:
         samples = _samples(merged)
         demand.read_bytes += sum(merged.measure_bytes(tile) for tile in samples)
         demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
-        most = 4 * merged.spec.numel * len(job.models)
-        demand.state_bytes = max(demand.state_bytes, most)
+        state = 4 * merged.spec.numel * len(job.models)
         tiles += samples
+    demand.held = nlargest(MOST_JOBS, [*demand.held, (merged.resident_bytes, state)], key=sum)
     output = job.target.spec.cols * job.target.spec.dtype.itemsize
     for tile in tiles:
         rows, _ = tile.shape(merged.spec)

@@ -45,8 +45,11 @@ class Dense:
         return rows * self.spec.cols * self.spec.dtype.itemsize
 
     def scratch_bytes(self, tile: Tile) -> int:
-        """The stored bytes, whether mapped or read."""
-        return self.read_bytes(tile)
+        """The stored bytes, whether mapped or read; of a thinned tile, what is kept and a row."""
+        rows, cols = tile.shape(self.spec)
+        size = self.spec.dtype.itemsize
+        whole_row = self.spec.cols * size if tile.row_step > 1 or tile.col_step > 1 else 0
+        return rows * cols * size + whole_row
 
     def release(self) -> None:
         """Nothing is held."""

@@ -59,11 +59,30 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one weight: `delta = s B A`; `size = s |B| |A|` bounds its errors."""
+    """What an adapter adds to one weight: its factors, exactly, and PEFT's scale of them."""
 
-    delta: Exact
-    size: Exact
-    rank: int
+    scale: float
+    a: Exact  # [r, in]
+    b: Exact  # [out, r]
+    transposed: bool  # whether the base stores the weight as [in, out]
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+    @property
+    def delta(self) -> Exact:
+        """`s B A`, as the base stores it."""
+        return self._product(self.scale, self.b, self.a)
+
+    @property
+    def size(self) -> Exact:
+        """`s |B| |A|`, which bounds the errors of the product."""
+        return self._product(abs(self.scale), np.abs(self.b), np.abs(self.a))
+
+    def _product(self, scale: float, b: Exact, a: Exact) -> Exact:
+        product: Exact = scale * (b @ a)
+        return product.T if self.transposed else product
 
 
 def updates_by_peft(model: Path, adapter: Path) -> dict[str, Update]:
@@ -80,10 +99,7 @@ def updates_by_peft(model: Path, adapter: Path) -> dict[str, Update]:
                 for side in (module.lora_A, module.lora_B)
             )
             scale = module.scaling["default"]
-            delta, size = scale * (b @ a), abs(scale) * (np.abs(b) @ np.abs(a))
-            if module.fan_in_fan_out:
-                delta, size = delta.T, size.T
-            found[f"{name}.weight"] = Update(delta, size, len(a))
+            found[f"{name}.weight"] = Update(scale, a, b, module.fan_in_fan_out)
     return found
 
 

@@ -30,9 +30,9 @@ TIED = ("qwen2", "gpt2")
 MEMORY = "8GiB"
 
 # Of the largest logit. Two float32 models of a few layers that compute the same in another order
-# differ by a few 2^-24; a missing module must show at a hundred times as much.
-TIGHT = 3e-6
-VISIBLE = 100 * TIGHT
+# differ by 2e-6; a missing module shows at a tenth and more.
+TIGHT = 1e-5
+VISIBLE = 1000 * TIGHT
 
 
 @pytest.fixture(scope="module")
