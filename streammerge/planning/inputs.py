@@ -97,6 +97,7 @@ class _Opener:
         try:
             return action()
         except StreammergeError as error:
+            error.where = error.where or reference.place
             self._problems.add(error)
             return None
 
