@@ -131,7 +131,7 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
     if not already:
         check_output(out, force=force)
         compare_buffers(plan)
-        with threadpool_limits(1, "blas"):
+        with threadpool_limits(1, "blas"), plan.files:
             _build(plan, out, identity, changes, emit, started)
     return Report(
         out=out,
@@ -158,36 +158,33 @@ def _build(
     emit: events.Emit,
     started: float,
 ) -> None:
-    state = RunDirectory(out)
-    journal = Journal(state.journal, {"fingerprint": identity.fingerprint})
-    sink = ShardsSink(state.output, plan.layouts, journal)
+    """In a state folder of its own, which goes again whatever happens, then under its name."""
+    opening = {"fingerprint": identity.fingerprint}
+    with RunDirectory(out) as state:
+        with (
+            Journal(state.journal, opening) as journal,
+            ShardsSink(state.output, plan.layouts, journal) as sink,
+        ):
+            _merge_all(plan, sink, changes, _Meter(plan, emit, started))
+            sink.commit()
+        write_companions(plan, state.output, identity, sink, changes)
+        state.publish()
+
+
+def _merge_all(plan: Plan, sink: ShardsSink, changes: Changes, meter: _Meter) -> None:
+    flight = plan.flight
     worker = Worker(plan, sink)
-    meter = _Meter(plan, emit, started)
-    try:
-        with ThreadPoolExecutor(plan.flight.threads, "worker") as pool:
-            flight = plan.flight
-            courses = (Course(job, flight.state_bytes, flight.parts_ahead) for job in plan.jobs())
-            finished = drive(
-                courses,
-                lambda item: pool.submit(worker.work, item),
-                capacity=2 * flight.threads,
-                window=flight.window,
-            )
-            for item, result in finished:
-                _note_down(item, result, sink, changes, plan)
-                meter.count(item)
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        journal.close()
-        state.close()
-        raise
-    finally:
-        plan.files.close()
-    write_companions(plan, state.output, identity, sink, changes)
-    journal.append([{"published": True}])
-    journal.close()
-    state.publish()
+    courses = (Course(job, flight.state_bytes, flight.parts_ahead) for job in plan.jobs())
+    with ThreadPoolExecutor(flight.threads, "worker") as pool:
+        finished = drive(
+            courses,
+            lambda item: pool.submit(worker.work, item),
+            capacity=2 * flight.threads,
+            window=flight.window,
+        )
+        for item, result in finished:
+            _note_down(item, result, sink, changes, plan)
+            meter.count(item)
 
 
 def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes, plan: Plan) -> None:

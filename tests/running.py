@@ -35,11 +35,13 @@ adapters:
 """
 
 
-def make_inputs(folder: Path, config: bench_inputs.Config = TINY, *, tuned: bool = False) -> Path:
+def make_inputs(
+    folder: Path, config: bench_inputs.Config = TINY, *, rank: int = 4, tuned: bool = False
+) -> Path:
     """`base` in two shards with a tokenizer and a licence, `lora-0`, `lora-1`, perhaps `tuned`."""
     bench_inputs.make_llama(folder / "base", config, shards=2)
     for seed in range(2):
-        bench_inputs.make_adapter(folder / f"lora-{seed}", config, rank=4, seed=seed)
+        bench_inputs.make_adapter(folder / f"lora-{seed}", config, rank=rank, seed=seed)
     if tuned:
         bench_inputs.make_finetune(folder / "base", folder / "tuned", 20)
     (folder / "base" / "tokenizer.json").write_text('{"version": "1.0"}')

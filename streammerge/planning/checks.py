@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from streammerge.errors import BadInput, Problems
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.storage.folder import ModelFolder
+from streammerge.storage.smallfile import read_small
 from streammerge.words import Extent, TensorSpec
 
 # Buffers that some versions of transformers stored and others did not: the donor decides.
@@ -115,6 +117,21 @@ def _count(names: list[str]) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def template_notes(inputs: Inputs) -> Iterator[str]:
+    """The output takes the donor's chat template; an adapter may have been trained with another."""
+    ours = _template(inputs.donor.path)
+    for model in inputs.models:
+        theirs = _template(model.adapter.folder.path) if model.adapter else None
+        if theirs is not None and theirs != ours:
+            yield f"{model.name} has another chat template than {inputs.donor.path.name}"
+
+
+def _template(folder: Path) -> bytes | None:
+    """The chat template of a folder, where it is a file of its own."""
+    path = folder / "chat_template.jinja"
+    return read_small(path) if path.exists() else None
 
 
 def float64_note(tensors: Mapping[str, Extent]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from streammerge import system
 from streammerge.errors import Problems
 from streammerge.planning.budget import Flight, Start, fit
-from streammerge.planning.checks import check_models, float64_note
+from streammerge.planning.checks import check_models, float64_note, template_notes
 from streammerge.planning.cost import Demand, add_up, predict_seconds
 from streammerge.planning.inputs import Inputs, Model, open_inputs
 from streammerge.planning.jobs import Composer, Job
@@ -89,6 +89,7 @@ def make_plan(
         return None
     notes = check_models(inputs, problems)
     problems.raise_any()
+    notes += template_notes(inputs)
     note = float64_note(inputs.donor.tensors)
     notes += [note] if note else []
     for model in inputs.models:

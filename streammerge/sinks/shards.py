@@ -87,16 +87,16 @@ class ShardsSink:
     def commit(self) -> None:
         """Make everything durable; returns when it is."""
         self._flush()
-        self._committer.shutdown()
         for future in self._pending:
             future.result()
         for shard in self._shards.values():
             shard.sync()
-            shard.close()
         self._journal.append([{"shards": "complete"}])
 
-    def abandon(self) -> None:
-        """Close the files of a merge that failed; nothing of it is published."""
+    def __enter__(self) -> ShardsSink:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._committer.shutdown(cancel_futures=True)
         for shard in self._shards.values():
             shard.close()

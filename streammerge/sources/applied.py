@@ -104,10 +104,20 @@ class Applied:
             norms[0] = sum_of_squares(stack.base())
             norms[1:] = [sum_of_squares(delta) for delta in deltas]
         found = {name: value.at(index) for name, value in values.items()}
-        merged: Rows = self._method.function(deltas, **self._knobs.arguments(), **found)
+        merged = self._checked(
+            self._method.function(deltas, **self._knobs.arguments(), **found), deltas.shape[1:]
+        )
         if self._base is not None:
             np.add(stack.base(), merged, out=merged)
         return merged, norms
+
+    def _checked(self, merged: Rows, shape: tuple[int, ...]) -> Rows:
+        if merged.dtype == np.float32 and merged.shape == shape:
+            return merged
+        raise TypeError(
+            f"the method {self._method.name} returned {merged.dtype} {merged.shape}, "
+            f"expected float32 {shape}"
+        )
 
     def reads(self) -> int:
         counted = [s.most_reads(self._knobs) for s in self._method.statistics.values()]

@@ -107,7 +107,11 @@ class Files:
         with self._borrow(path) as handle:
             yield handle.descriptor
 
-    def close(self) -> None:
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files; a further read opens them again."""
         with self._lock:
             for handle in self._open.values():
                 _close(handle)

@@ -40,7 +40,10 @@ class Journal:
         except OSError as error:
             raise self._failed(error) from error
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         os.close(self._descriptor)
 
     def _failed(self, error: OSError) -> StorageError:

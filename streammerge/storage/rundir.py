@@ -63,61 +63,85 @@ class RunDirectory:
         self._out = out.absolute()
         self.path = self._out.parent / f".{self._out.name}.streammerge"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock = self._take_lock()
+            self._restore()
+            if (self.path / _OUTPUT).exists():
+                shutil.rmtree(self.path / _OUTPUT)
+            self.journal.unlink(missing_ok=True)
+            self.output = self.path / _OUTPUT
+            self.output.mkdir()
         except OSError as error:
             raise OutputRefused(
                 f"the output cannot be created: {error.strerror}",
                 where=str(self.path),
                 remedy="choose an --out in a folder that you can write to",
             ) from error
-        self._take_lock()
-        self._clear()
-        self.output = self.path / _OUTPUT
-        self.output.mkdir()
 
     @property
     def journal(self) -> Path:
         return self.path / JOURNAL
 
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise OutputRefused(
-                "another process is writing this output",
-                where=str(self.path),
-                remedy="wait for it, or choose another --out",
-            ) from error
+    @property
+    def _replaced(self) -> Path:
+        """Where an output waits while another takes its name."""
+        return self.path / "replaced"
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.path / _OUTPUT, ignore_errors=False) if (
-            self.path / _OUTPUT
-        ).exists() else None
-        self.journal.unlink(missing_ok=True)
+    def _take_lock(self) -> int:
+        """A descriptor that holds the lock. The kernel lets go of it when the process dies."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise OutputRefused(
+                    "another process is writing this output",
+                    where=str(self.path),
+                    remedy="wait for it, or choose another --out",
+                ) from error
+            if _is_still(self.path / _LOCK, lock):
+                return lock
+            os.close(lock)  # its owner finished and removed the folder between open and lock
+
+    def _restore(self) -> None:
+        """An output that was being replaced comes back, unless its successor is in place."""
+        if self._replaced.exists() and not self._out.exists():
+            os.rename(self._replaced, self._out)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
 
     def publish(self) -> None:
         """Give the finished folder its final name, and remove the state. All data is synced."""
-        old = self.path / "replaced"
         try:
             _sync_folder(self.output)
-            if self._out.exists():
-                os.rename(self._out, old)
-            os.rename(self.output, self._out)
+            if self._out.exists() and any(self._out.iterdir()):
+                os.rename(self._out, self._replaced)
+            os.rename(self.output, self._out)  # an empty folder of that name gives way
             _sync_folder(self._out.parent)
         except OSError as error:
             raise StorageError(
                 f"the finished output cannot take its name: {error.strerror}",
                 where=str(self._out),
-                remedy=f"the finished files are in {self.output}",
+                remedy="make sure that its folder can be written to, then run the command again",
             ) from error
-        self.close()
-        shutil.rmtree(self.path)
 
-    def close(self) -> None:
-        """Let go of the lock."""
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the state: what an unfinished merge wrote is of no use, since it starts over."""
+        self._restore()
+        shutil.rmtree(self.path)
         os.close(self._lock)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the file that was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -162,7 +162,7 @@ class MergedContract:
         raise NotImplementedError
 
 
-def assert_within_its_word(merged: Merged, *, part_bytes: int | None = None) -> None:
+def assert_within_its_word(merged: Merged) -> None:
     """Measure and merge all tiles, and hold the peak of each call to `scratch_bytes`."""
     tiles = grid.tiles(merged.spec)
     warm = Scratch()
@@ -180,10 +180,9 @@ def assert_within_its_word(merged: Merged, *, part_bytes: int | None = None) -> 
                 merged.merge(tile, index, values, scratch)
     finally:
         tracemalloc.stop()
-    part = merged.part_bytes() if part_bytes is None else part_bytes
-    assert scratch.nbytes <= allowed
-    assert merging.nbytes <= allowed + OBJECT_BYTES
-    assert measuring.nbytes <= allowed + part + OBJECT_BYTES
+    assert scratch.nbytes <= allowed + OBJECT_BYTES, "buffers that are kept"
+    assert merging.nbytes <= allowed + OBJECT_BYTES, "merging"
+    assert measuring.nbytes <= allowed + merged.part_bytes() + OBJECT_BYTES, "measuring"
 
 
 def _sampled(merged: Merged, tiles: list[Tile]) -> list[Tile]:

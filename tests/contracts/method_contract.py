@@ -152,11 +152,21 @@ class MethodContract:
 
     def test_it_reads_as_much_as_was_planned(self, tmp_path: Path) -> None:
         inputs = self.make(tmp_path)
-        setting = self.settings[-1]
+        for number, setting in enumerate(self.settings):
+            recipe = inputs.recipe(self.method, setting.per_model, setting.shared)
+            planned = sm.plan(recipe, memory=MEMORY, methods=self.catalogue).demand.read_bytes
+            read = self.merge(recipe, tmp_path / f"out-{number}").read_bytes
+            assert read == pytest.approx(planned, rel=0.01), setting
+
+    def test_the_report_counts_the_tensors_of_each_adapter(self, tmp_path: Path) -> None:
+        inputs = self.make(tmp_path)
+        setting = self.settings[0]
         recipe = inputs.recipe(self.method, setting.per_model, setting.shared)
-        planned = sm.plan(recipe, memory=MEMORY, methods=self.catalogue).demand.read_bytes
-        read = self.merge(recipe, tmp_path / "out").read_bytes
-        assert read == pytest.approx(planned, rel=0.01)
+        changes = self.merge(recipe, tmp_path / "out").changes
+        for entry, change in zip(inputs.entries, changes, strict=True):
+            if entry.updates:
+                counted = change.applied, change.total
+                assert counted == (len(entry.updates), len(entry.updates)), str(change)
 
     # ------------------------------------------------------------------------------- any order
 

@@ -44,19 +44,28 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @measures
-@pytest.mark.parametrize("io", ["mmap", "read"])
-@pytest.mark.parametrize("budget_bytes", [384 * MIB, 1024 * MIB])
-@pytest.mark.parametrize("recipe", ["ties", "linear", "tuned"])
+@pytest.mark.parametrize(
+    ("recipe", "budget_mib", "io"),
+    [
+        ("ties", 384, "mmap"),
+        ("ties", 384, "read"),
+        ("ties", 1024, "mmap"),
+        ("linear", 384, "mmap"),
+        ("linear", 1024, "read"),
+        ("tuned", 384, "mmap"),
+        ("tuned", 1024, "read"),
+    ],
+)
 def test_measured_stays_under_projected_and_near_it(
-    inputs: Path, tmp_path: Path, recipe: str, budget_bytes: int, io: str
+    inputs: Path, tmp_path: Path, recipe: str, budget_mib: int, io: str
 ) -> None:
-    path = inputs / f"{recipe}.yaml"
+    path, budget_bytes = inputs / f"{recipe}.yaml", budget_mib * MIB
     measured = memory.measure(path, tmp_path / "out", budget_bytes, "--io", io)
     assert measured.verdict(budget_bytes) == "ok", measured
 
 
 @measures
-@pytest.mark.parametrize("recipe", ["ties", "linear", "tuned"])
+@pytest.mark.parametrize("recipe", ["ties", "linear"])
 def test_the_least_budget_is_named_and_is_enough(
     inputs: Path, tmp_path: Path, recipe: str
 ) -> None:
