@@ -38,7 +38,7 @@ _SAMPLE_FROM = 1 << 15
 # Every eighth row, within these bounds: reading a row of a full model reads all its columns.
 _LEAST_ROWS = 64
 _SAMPLE_ROWS = 1024
-_SAMPLE_COLS = 256
+_SAMPLE_ELEMENTS = 96 << 10  # so many that a sample is no larger than any other part
 # Low-rank deltas are clustered by rows, so the spread is taken between rows; an estimate that
 # treats elements as independent missed on the first real tensor.
 _SPREADS = 4.5
@@ -58,7 +58,7 @@ class KthMagnitude:
         return int(any(density < 1 for density in knobs.per_model[self.keep]))
 
     def part_bytes(self) -> int:
-        return max(4 * BINS, 12 * _MOST_KEYS)
+        return max(4 * BINS, 12 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
 
     def start(self, spec: TensorSpec, knobs: Knobs, state_bytes: int) -> Fold | StatisticValue:
         densities = [float(density) for density in knobs.per_model[self.keep]]
@@ -123,7 +123,8 @@ class SampledBracket:
         """One thinned tile. The steps are odd, so that they do not beat with head sizes."""
         rows = max(_LEAST_ROWS, min(_SAMPLE_ROWS, self._spec.rows // 8))
         row_step = -(-self._spec.rows // rows) | 1
-        col_step = -(-self._spec.cols // _SAMPLE_COLS) | 1
+        sampled = len(range(0, self._spec.rows, row_step))
+        col_step = -(-self._spec.cols * sampled // _SAMPLE_ELEMENTS) | 1
         return [Tile(0, self._spec.rows, row_step, col_step)]
 
     def measure(self, stack: DeltaStack, scratch: Scratch) -> dict[int, Keys]:

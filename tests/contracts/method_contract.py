@@ -164,9 +164,9 @@ class MethodContract:
         recipe = inputs.recipe(self.method, setting.per_model, setting.shared)
         changes = self.merge(recipe, tmp_path / "out").changes
         for entry, change in zip(inputs.entries, changes, strict=True):
-            if entry.updates:
-                counted = change.applied, change.total
-                assert counted == (len(entry.updates), len(entry.updates)), str(change)
+            assert change.applied <= change.total, str(change)
+            if entry.updates and entry.tensors is inputs.base:
+                assert change.applied == change.total == len(entry.updates), str(change)
 
     # ------------------------------------------------------------------------------- any order
 
@@ -227,9 +227,9 @@ class MethodContract:
         made = sm.plan(recipe, memory=MEMORY, methods=self.catalogue, io="read")
         jobs = [job for job in made.jobs() if isinstance(job, MergeJob)]
         assert jobs
-        for job in jobs:
-            assert_within_its_word(job.merged)
-        made.files.close()
+        with made.files:
+            for job in jobs:
+                assert_within_its_word(job.merged)
 
     # ----------------------------------------------------------------------------------- knobs
 

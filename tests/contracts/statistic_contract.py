@@ -7,6 +7,7 @@ does: any order of measuring, absorbed in grid order, as many reads as they ask 
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -136,11 +137,48 @@ class StatisticContract:
             reads = self.hold([deltas], cut_rows(512, *range(0, 512, 100)), knobs)
             assert reads <= self.statistic.most_reads(knobs), number
 
+    def test_parts_of_a_tall_tensor_are_within_its_word(self) -> None:
+        tall = np.random.default_rng(6).normal(size=(8192, 128)).astype(np.float32)
+        self.hold([tall], cut_rows(8192, 4096), self.knobs(1, 0))
+
+    @pytest.mark.parametrize("state_bytes", [1 << 20, 4 << 20])
+    def test_its_state_is_within_its_word(self, state_bytes: int) -> None:
+        """Three models of which everything is kept as long as there is room."""
+        rng = np.random.default_rng(7)
+        deltas = [rng.random((200, 2000)).astype(np.float32) for _ in range(3)]
+        for delta in deltas:
+            delta[::5] += 10  # a sample of these rows says nothing of the others
+        spec = TensorSpec("w", (200, 2000), DType.F32)
+        found: Fold | StatisticValue = self.statistic.start(spec, self.knobs(3, 3), state_bytes)
+        grid = cut_rows(200, *range(0, 200, 15))
+        while not isinstance(found, StatisticValue):
+            peak, found = _peak_of_state(found, deltas, grid)
+            assert peak <= state_bytes + 3 * self.statistic.part_bytes()
+
     @pytest.mark.parametrize("state_bytes", [0, 1 << 26])
     def test_large_tensors_whose_sample_lies(self, state_bytes: int) -> None:
         for number, deltas in enumerate(deceptive(640, 256)):
             grid = cut_rows(640, *range(0, 640, 170))
             self.hold([deltas], grid, self.knobs(1, number), state_bytes=state_bytes)
+
+
+def _peak_of_state(
+    fold: Fold, deltas: Sequence[Single], grid: Sequence[Tile]
+) -> tuple[int, Fold | StatisticValue]:
+    """The most that a fold holds while it takes its parts, one of which is in flight."""
+    scratch = Scratch()
+    peak = 0
+    tracemalloc.start()
+    try:
+        for index, tile in enumerate(fold.wants(grid)):
+            part = fold.measure(ArrayStack(deltas, tile, scratch), scratch)
+            tracemalloc.reset_peak()
+            fold.absorb(index, part)
+            part = None
+            peak = max(peak, tracemalloc.get_traced_memory()[1] - scratch.nbytes)
+        return peak, fold.finish()
+    finally:
+        tracemalloc.stop()
 
 
 def awkward(kind: str, shape: tuple[int, int], seed: int) -> Single:

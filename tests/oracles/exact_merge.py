@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,17 +91,19 @@ def updates_by_peft(model: Path, adapter: Path) -> dict[str, Update]:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    found = {}
-    adapted = PeftModel.from_pretrained(load(model), adapter)
-    for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = (
-                side["default"].weight.detach().numpy().astype(np.float64)
-                for side in (module.lora_A, module.lora_B)
-            )
-            scale = module.scaling["default"]
-            found[f"{name}.weight"] = Update(scale, a, b, module.fan_in_fan_out)
-    return found
+    adapted: Any = PeftModel.from_pretrained(load(model), adapter)
+    modules = dict(adapted.get_base_model().named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    return {f"{name}.weight": _update(layer) for name, layer in layers.items()}
+
+
+def _update(layer: Any) -> Update:
+    """What one of PEFT's layers computes; it holds the factors in float32, which is exact."""
+    a, b = (
+        side["default"].weight.detach().numpy().astype(np.float64)
+        for side in (layer.lora_A, layer.lora_B)
+    )
+    return Update(layer.scaling["default"], a, b, layer.fan_in_fan_out)
 
 
 @dataclass(frozen=True)
@@ -221,9 +224,7 @@ def ties(
     return Answer(exact, slack * (np.abs(origin) + abs(scale) * condition * magnitude), unclear)
 
 
-def _parts(
-    name: str, base: Mapping[str, Stored], entry: Entry
-) -> tuple[Exact, Exact, Exact, int]:
+def _parts(name: str, base: Mapping[str, Stored], entry: Entry) -> tuple[Exact, Exact, Exact, int]:
     """A task vector in two: the difference of stored weights, and the adapter's delta (its size
     and rank beside it)."""
     difference = entry.tensors[name].values() - base[name].values()

@@ -6,9 +6,6 @@ and float32 arithmetic before it.
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ import numpy as np
 import pytest
 import yaml
 from exact_merge import (
-    Answer,
     Entry,
     Stored,
     assert_close,
@@ -27,15 +23,22 @@ from exact_merge import (
     weighted_deltas,
     weighted_mean,
 )
-from peft_models import Shelf, load, make_gpt2, make_llama, make_qwen2, merged_by_peft
+from merge_cases import (
+    CONV1D,
+    LINEARS,
+    MEMORY,
+    Weights,
+    assert_merged,
+    entries_of,
+    finetune_of,
+    merge,
+    model_of,
+    trio_of,
+    weigh,
+)
+from peft_models import Shelf, merged_by_peft
 
 import streammerge as sm
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CONV1D = ["c_attn", "c_proj", "c_fc"]
-MAKERS = {"llama": make_llama, "qwen2": make_qwen2, "gpt2": make_gpt2}
-MEMORY = "8GiB"  # a bound: what is free on the machine is not what is tested
-MOST_UNCLEAR = 1e-4  # of a model's elements may stand on the edge of a threshold or a vote
 
 # label: model, its dtype, the adapter's dtype, LoraConfig
 ADAPTERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -93,94 +96,12 @@ ADAPTERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "conv1d-square-bfloat16": ("gpt2", "bfloat16", "float32", {"target_modules": ["attn.c_proj"]}),
 }
 
-# Adapters that touch different tensors, with different ranks and scales; `{kind}` has its modules.
-LLAMA_TRIO: dict[str, dict[str, Any]] = {
-    "math": {"target_modules": LINEARS},
-    "code": {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 3, "lora_alpha": 9},
-    "chat": {"target_modules": ["v_proj", "o_proj"], "use_rslora": True, "lora_alpha": 4},
-}
-GPT2_TRIO: dict[str, dict[str, Any]] = {
-    "math": {"target_modules": CONV1D},
-    "code": {"target_modules": ["attn.c_proj", "c_fc"], "r": 3, "lora_alpha": 9},
-    "chat": {"target_modules": ["attn.c_proj"], "use_rslora": True, "lora_alpha": 4},
-}
-TRIOS = {"llama": LLAMA_TRIO, "qwen2": LLAMA_TRIO, "gpt2": GPT2_TRIO}
 GROUPS = [("llama", "float32"), ("llama", "bfloat16"), ("qwen2", "bfloat16"), ("gpt2", "float32")]
-
-Weights = tuple[float, float, float]
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("peft"))
-
-
-def model_of(shelf: Shelf, kind: str, dtype: str) -> Path:
-    return shelf.get(f"{kind}-{dtype}", MAKERS[kind], dtype)
-
-
-def finetune_of(shelf: Shelf, kind: str, dtype: str, seed: int = 5) -> Path:
-    """A model of the same names and shapes whose every weight lies near the other's."""
-    base = model_of(shelf, kind, dtype)
-
-    def make(folder: Path) -> Path:
-        import torch
-
-        torch.manual_seed(seed)
-        model = load(base)
-        for parameter in model.parameters():
-            parameter.data += torch.randn_like(parameter) * 0.01
-        model.to(getattr(torch, dtype)).save_pretrained(folder)
-        return folder
-
-    return shelf.get(f"{kind}-{dtype}-tuned-{seed}", make)
-
-
-def trio_of(shelf: Shelf, kind: str, dtype: str) -> dict[str, Path]:
-    """Three adapters of a model, by name."""
-    model = model_of(shelf, kind, dtype)
-    return {
-        name: shelf.adapter(f"{kind}-{dtype}-{name}", model, seed, dtype=dtype, **options)
-        for seed, (name, options) in enumerate(TRIOS[kind].items())
-    }
-
-
-def entries_of(model: Path, adapters: Mapping[str, Path]) -> list[Entry]:
-    """What the adapters are to the oracle, with weight 1."""
-    tensors = read_tensors(model)
-    return [Entry(tensors, updates_by_peft(model, path)) for path in adapters.values()]
-
-
-def weigh(entries: list[Entry], weights: Weights) -> list[Entry]:
-    return [replace(e, weight=w) for e, w in zip(entries, weights, strict=True)]
-
-
-def merge(folder: Path, **recipe: Any) -> dict[str, Stored]:
-    """The tensors of the merged model, which lies in `folder/merged`."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    sm.merge(path, out=folder / "merged", memory=MEMORY)
-    return read_tensors(folder / "merged")
-
-
-def assert_merged(
-    merged: Mapping[str, Stored], base: Mapping[str, Stored], answers: Mapping[str, Answer]
-) -> None:
-    """Tensors with an answer are close to it and changed; all others are the base's bytes."""
-    assert list(merged) == list(base)
-    assert answers
-    for name, stored in base.items():
-        ours = merged[name]
-        assert (ours.dtype, ours.shape) == (stored.dtype, stored.shape)
-        if name in answers:
-            assert_close(name, ours, answers[name])
-            assert ours.data != stored.data, f"{name} did not change"
-        else:
-            assert ours.data == stored.data, f"{name} is not the base's"
-    unclear = [answer.unclear for answer in answers.values() if answer.unclear is not None]
-    elements = sum(answer.exact.size for answer in answers.values())
-    # Models as small as these may have one cut between two near neighbours more than that.
-    assert sum(mask.sum() for mask in unclear) <= MOST_UNCLEAR * elements + 2
 
 
 # -------------------------------------------------------------------------------- one adapter
@@ -364,9 +285,7 @@ def test_full_models_and_adapters_are_averaged(
 
 
 @pytest.mark.parametrize(("kind", "dtype"), GROUPS)
-def test_full_models_and_adapters_vote(
-    shelf: Shelf, tmp_path: Path, kind: str, dtype: str
-) -> None:
+def test_full_models_and_adapters_vote(shelf: Shelf, tmp_path: Path, kind: str, dtype: str) -> None:
     """In bfloat16 many differences are equally large: of those at the cut the first ones stay."""
     mixture = Mixture(shelf, kind, dtype, (0.6, 0.3, 0.5))
     entries = [replace(entry, density=0.4) for entry in mixture.entries]
@@ -395,117 +314,3 @@ def test_an_adapter_on_another_model_is_baked_into_that_one(shelf: Shelf, tmp_pa
     answers = {n: weighted_deltas(n, entry.tensors, [entry]) for n in entry.updates}
     assert_merged(merged, entry.tensors, answers)
     assert merged.keys() == base.keys()
-
-
-# ----------------------------------------------------------------- dtypes, shards and the cache
-
-
-@pytest.mark.parametrize("out", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_output_takes_the_dtype_asked_for(
-    shelf: Shelf, tmp_path: Path, dtype: str, out: str
-) -> None:
-    """Rounded once, at the end, the tensors that no adapter touches too."""
-    import torch
-
-    model, trio = model_of(shelf, "llama", dtype), trio_of(shelf, "llama", dtype)
-    entries = weigh(entries_of(model, trio), (0.5, 0.5, 0.5))
-    adapters = [{"path": str(path), "weight": 0.5} for path in trio.values()]
-    recipe = {"merge_method": "task_arithmetic", "base_model": str(model), "adapters": adapters}
-    merged = merge(tmp_path, **recipe, out_dtype=out)
-    base = entries[0].tensors
-    touched = {n for entry in entries for n in entry.updates}
-    label = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}[out]
-    assert list(merged) == list(base)
-    for name, stored in merged.items():
-        assert (stored.dtype, stored.shape) == (label, base[name].shape)
-        if name in touched:
-            assert_close(name, stored, weighted_deltas(name, base, entries))
-        else:
-            cast = torch.from_numpy(base[name].values()).to(getattr(torch, out))
-            assert np.array_equal(stored.values(), cast.double().numpy()), name
-    config = json.loads((tmp_path / "merged/config.json").read_text())
-    assert config["dtype"] == out
-
-
-def test_float32_survives_a_bfloat16_base(shelf: Shelf, tmp_path: Path) -> None:
-    """The delta is never rounded to the base's dtype: a float32 output keeps its low bits."""
-    model = model_of(shelf, "llama", "bfloat16")
-    adapter = trio_of(shelf, "llama", "bfloat16")["math"]
-    recipe = {"base_model": str(model), "adapters": [{"path": str(adapter)}]}
-    merged = merge(tmp_path, merge_method="task_arithmetic", **recipe, out_dtype="float32")
-    (entry,) = entries_of(model, {"math": adapter})
-    for name in entry.updates:
-        low_bits = np.frombuffer(merged[name].data, "<u4") & 0xFFFF
-        assert np.count_nonzero(low_bits) > 0.9 * low_bits.size, name
-
-
-def sharded(model: Path, folder: Path) -> Path:
-    """The same model in several files, as transformers cuts it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = json.loads((model / "config.json").read_text())["dtype"]
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    loaded.save_pretrained(folder, max_shard_size="20KB")
-    return folder
-
-
-def test_a_sharded_base_gives_the_same_tensors_in_its_own_shards(
-    shelf: Shelf, tmp_path: Path
-) -> None:
-    model, trio = model_of(shelf, "llama", "bfloat16"), trio_of(shelf, "llama", "bfloat16")
-    in_shards = shelf.get("llama-sharded", lambda folder: sharded(model, folder))
-    adapters = [{"path": str(path), "weight": 0.5, "density": 0.5} for path in trio.values()]
-    recipe: dict[str, Any] = {"merge_method": "ties", "adapters": adapters}
-    (tmp_path / "one").mkdir()
-    whole = merge(tmp_path / "one", **recipe, base_model=str(model))
-    merged = merge(tmp_path, **recipe, base_model=str(in_shards))
-    assert merged == whole
-    index = "model.safetensors.index.json"
-    before = json.loads((in_shards / index).read_text())
-    after = json.loads((tmp_path / "merged" / index).read_text())
-    assert len(set(before["weight_map"].values())) > 2
-    assert after["weight_map"] == before["weight_map"]
-    assert after["metadata"]["total_size"] == sum(len(stored.data) for stored in merged.values())
-    loaded = load(tmp_path / "merged").state_dict()
-    for name, stored in merged.items():
-        assert np.array_equal(loaded[name].double().numpy(), stored.values()), name
-
-
-def as_cached(folder: Path, cache: Path, repository: str) -> Path:
-    """A folder as the hub's cache keeps it: blobs by hash, and a snapshot of links to them."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    home = cache / f"models--{repository.replace('/', '--')}"
-    snapshot = home / "snapshots" / commit
-    for made in (home / "blobs", home / "refs", snapshot):
-        made.mkdir(parents=True)
-    (home / "refs/main").write_text(commit)
-    for number, path in enumerate(sorted(folder.iterdir())):
-        blob = home / "blobs" / f"{number:040x}"
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-    return snapshot
-
-
-@pytest.mark.parametrize("named", ["by id", "by revision", "by path"])
-def test_the_hub_cache_is_read_through_its_links(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
-) -> None:
-    model, trio = model_of(shelf, "llama", "bfloat16"), trio_of(shelf, "llama", "bfloat16")
-    in_shards = shelf.get("llama-sharded", lambda folder: sharded(model, folder))
-    base = as_cached(in_shards, tmp_path / "hub", "tiny/llama")
-    adapter = as_cached(trio["math"], tmp_path / "hub", "tiny/llama-math")
-    texts = {
-        "by id": ("tiny/llama", "tiny/llama-math"),
-        "by revision": ("tiny/llama@main", f"tiny/llama-math@{adapter.name}"),
-        "by path": (str(base), str(adapter)),
-    }[named]
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    models = [{"model": "+".join(texts)}]
-    merged = merge(tmp_path, merge_method="passthrough", models=models)
-    (entry,) = entries_of(model, {"math": trio["math"]})
-    answers = {n: weighted_deltas(n, entry.tensors, [entry]) for n in entry.updates}
-    base_tensors = read_tensors(in_shards)
-    assert_merged(merged, base_tensors, answers)
-    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())

@@ -1,0 +1,179 @@
+"""Weighted sums and applied methods, put together by hand; see `merged_contract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import pytest
+
+from streammerge.adapters.lora import LoraAdapter
+from streammerge.methods import CATALOGUE
+from streammerge.sources.adapted import Adapted
+from streammerge.sources.applied import Applied
+from streammerge.sources.dense import Dense
+from streammerge.sources.weighted import WeightedSum
+from streammerge.storage.bytesource import Files
+from streammerge.storage.header import read_header
+from streammerge.words import Knobs, Merged, Source
+from tests.contracts.merged_contract import MergedContract, assert_within_its_word
+from tests.contracts.small_inputs import Entry, SmallInputs
+from tests.contracts.source_contract import open_files
+from tests.makers import write_safetensors
+from tests.oracles import dense
+from tests.oracles.dense import Answer
+
+NAME = "up.weight"
+PREFIX = "base_model.model.up."
+SHAPE = (61, 24)
+LARGE = (384, 512)
+
+
+class Table:
+    """The sources of one tensor: a base, a full model, and adapters on each of them."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int], dtype: str = "BF16") -> None:
+        self.inputs = SmallInputs(folder, {NAME: shape}, dtype)
+        tuned = self.inputs.add_model()
+        self.inputs.add_adapter([NAME], rank=3)
+        self.inputs.add_adapter([NAME], rank=5, scale=-1.0, on=tuned)
+        folders = [folder / "base", folder / "model-0", folder / "adapter-1", folder / "adapter-2"]
+        weights = [
+            next(path for path in one.iterdir() if path.suffix == ".safetensors") for one in folders
+        ]
+        self.files = open_files(*weights)
+        extents = [read_header(path).tensors for path in weights]
+        self.base = Dense(self.files, extents[0][NAME])
+        self.tuned = Dense(self.files, extents[1][NAME])
+        updates = [
+            LoraAdapter(NAME, "up", scale, *(found[f"{PREFIX}lora_{side}.weight"] for side in "AB"))
+            for scale, found in ((0.5, extents[2]), (-1.0, extents[3]))
+        ]
+        self.models: list[Source] = [
+            self.tuned,
+            Adapted(self.files, self.base, updates[0], on_base=True),
+            Adapted(self.files, self.tuned, updates[1], on_base=False),
+        ]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self.inputs.entries
+
+    def squared_norms(self) -> list[float]:
+        origin = float(np.sum(self.inputs.origin(NAME) ** 2))
+        deltas = [self.inputs.delta(entry, NAME).value for entry in self.entries]
+        return [origin, *(float(np.sum(delta**2)) for delta in deltas)]
+
+
+
+
+
+class WeightedContract(MergedContract):
+    space: ClassVar[Literal["deltas", "weights"]]
+    coefficients: ClassVar[tuple[float, ...]] = (0.4, -1.3, 0.7)
+
+    def merged(self, folder: Path, shape: tuple[int, int] = SHAPE) -> tuple[Merged, Files]:
+        self.table = table = Table(folder, shape)
+        sources = table.models
+        merged = WeightedSum(table.files, table.base, sources, self.coefficients, self.space)
+        return merged, table.files
+
+    def large(self, folder: Path) -> tuple[Merged, Files]:
+        return self.merged(folder, LARGE)
+
+
+class TestWeightedSumOfDeltas(WeightedContract):
+    space = "deltas"
+
+    def answer(self) -> Answer:
+        inputs = self.table.inputs
+        deltas = [inputs.delta(entry, NAME) for entry in inputs.entries]
+        return dense.task_arithmetic(inputs.origin(NAME), deltas, self.coefficients)
+
+    def squared_norms(self) -> list[float]:
+        """An adapter's update only: the model below it is reported by itself, if at all."""
+        norms = self.table.squared_norms()
+        update = self.table.inputs.entries[2].updates[NAME].delta
+        return [*norms[:3], float(np.sum(update**2))]
+
+
+class TestWeightedSumOfWeights(TestWeightedSumOfDeltas):
+    space = "weights"
+
+    def answer(self) -> Answer:
+        inputs = self.table.inputs
+        models = [inputs.model(entry, NAME) for entry in inputs.entries]
+        return dense.linear(models, self.coefficients, normalize=False)
+
+
+class TestAppliedTies(MergedContract):
+    weights = (0.5, 1.0, -0.3)
+    densities = (0.6, 0.25, 0.9)
+
+    def merged(self, folder: Path, shape: tuple[int, int] = SHAPE) -> tuple[Merged, Files]:
+        self.table = table = Table(folder, shape)
+        knobs = Knobs(
+            {"weight": np.array(self.weights), "density": np.array(self.densities)},
+            {"lambda": 1.0, "normalize": True},
+        )
+        return Applied(CATALOGUE["ties"], knobs, table.base, table.models), table.files
+
+    def large(self, folder: Path) -> tuple[Merged, Files]:
+        return self.merged(folder, LARGE)
+
+    def answer(self) -> Answer:
+        inputs = self.table.inputs
+        deltas = [inputs.task_vector(entry, NAME) for entry in inputs.entries]
+        return dense.ties(inputs.origin(NAME), deltas, self.weights, self.densities)
+
+    def squared_norms(self) -> list[float]:
+        return self.table.squared_norms()
+
+    def test_its_working_memory_is_within_its_word_where_the_sample_lies(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All magnitudes of a tile are inside the bracket then, and no two are equal."""
+        monkeypatch.setattr("streammerge.grid.TILE_ELEMENTS", 1 << 16)
+        values = 1 + np.random.default_rng(0).random(LARGE)
+        values[::7] *= 100
+        data = np.asarray(values, "<f4").tobytes()
+        path = write_safetensors(tmp_path / "tuned.safetensors", {NAME: ("F32", LARGE, data)})
+        zeros = write_safetensors(
+            tmp_path / "base.safetensors", {NAME: ("F32", LARGE, bytes(len(data)))}
+        )
+        files = open_files(path, zeros)
+        sources = [Dense(files, read_header(one).tensors[NAME]) for one in (path, zeros)]
+        knobs = Knobs(
+            {"weight": np.ones(1), "density": np.array([0.6])}, {"lambda": 1.0, "normalize": True}
+        )
+        assert_within_its_word(Applied(CATALOGUE["ties"], knobs, sources[1], sources[:1]))
+
+
+class TestSameAs:
+    """A weighted sum that is a stored tensor as it is gets copied, not computed."""
+
+    @pytest.fixture
+    def table(self, tmp_path: Path) -> Table:
+        return Table(tmp_path, SHAPE)
+
+    def same(
+        self, table: Table, models: list[Source], weights: list[float], space: str
+    ) -> Dense | None:
+        merged = WeightedSum(table.files, table.base, models, weights, space)  # type: ignore[arg-type]
+        return merged.same_as()
+
+    def test_a_model_in_full(self, table: Table) -> None:
+        for space in ("deltas", "weights"):
+            assert self.same(table, [table.tuned], [1.0], space) is table.tuned
+            assert self.same(table, [table.tuned], [0.5], space) is None
+            assert self.same(table, [table.tuned, table.tuned], [0.5, 0.5], space) is table.tuned
+
+    def test_the_base_alone(self, table: Table) -> None:
+        assert self.same(table, [table.base, table.base], [0.7, 0.3], "weights") is table.base
+        assert self.same(table, [table.base], [0.3], "weights") is None
+        assert self.same(table, [table.base], [0.3], "deltas") is table.base
+
+    def test_an_adapter_is_never_a_copy(self, table: Table) -> None:
+        for space in ("deltas", "weights"):
+            assert self.same(table, [table.models[1]], [1.0], space) is None

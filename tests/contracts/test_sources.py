@@ -1,0 +1,159 @@
+"""Dense and adapted sources; see `source_contract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from streammerge.adapters.lora import LoraAdapter
+from streammerge.memory import Scratch
+from streammerge.sources.adapted import Adapted
+from streammerge.sources.dense import Dense
+from streammerge.storage.bytesource import Files, Io
+from streammerge.words import Source, Tile
+from tests.contracts.small_inputs import decode, encode
+from tests.contracts.source_contract import (
+    SourceContract,
+    open_files,
+    random_tensor,
+    write_odd,
+)
+from tests.oracles.dense import Exact
+
+NAME = "model.layers.0.up.weight"
+
+
+class DenseContract(SourceContract):
+    dtype: ClassVar[str]
+    exact = True
+
+    def make(self, folder: Path, io: Io, rows: int, cols: int) -> tuple[Source, Files]:
+        self.base = decode(random_tensor(rows, cols, self.dtype, 0))
+        own = random_tensor(rows, cols, self.dtype, 1)
+        self._own = decode(own).astype(np.float32)
+        path = folder / "own.safetensors"
+        extents = write_odd(path, {NAME: own})
+        assert extents[NAME].offset % 2 == 1
+        files = open_files(path, io=io)
+        return Dense(files, extents[NAME]), files
+
+    def values(self) -> tuple[Exact, Exact]:
+        delta = self._own - self.base.astype(np.float32)
+        return self._own.astype(np.float64), delta.astype(np.float64)
+
+    def sizes(self) -> tuple[Exact, Exact]:
+        return np.zeros(self._own.shape), np.zeros(self._own.shape)
+
+
+class TestDenseBfloat16(DenseContract):
+    dtype = "BF16"
+
+
+class TestDenseFloat16(DenseContract):
+    dtype = "F16"
+
+
+class TestDenseFloat32(DenseContract):
+    dtype = "F32"
+
+    def test_its_delta_wants_the_base(self, tmp_path: Path) -> None:
+        source, _ = self.make(tmp_path, "read", 3, 4)
+        assert source.needs_base
+        with pytest.raises(ValueError, match="base"):
+            source.delta(Tile(0, 3), None, np.empty((3, 4), np.float32), Scratch())
+
+
+class TestDenseFloat64(DenseContract):
+    dtype = "F64"
+
+
+class AdaptedContract(SourceContract):
+    """A LoRA of rank 3 on the base or on another model."""
+
+    exact = False
+    rank: ClassVar[int] = 3
+    scale: ClassVar[float] = 0.3
+    on_base: ClassVar[bool]
+    transposed: ClassVar[bool]
+    factor_dtype: ClassVar[str] = "F32"
+
+    def make(self, folder: Path, io: Io, rows: int, cols: int) -> tuple[Source, Files]:
+        base = random_tensor(rows, cols, "BF16", 0)
+        own = base if self.on_base else random_tensor(rows, cols, "BF16", 1)
+        out, inner = (cols, rows) if self.transposed else (rows, cols)
+        a = random_tensor(self.rank, inner, self.factor_dtype, 2)
+        b = random_tensor(out, self.rank, self.factor_dtype, 3)
+        self.base, self._own = decode(base), decode(own)
+        product = self.scale * (decode(b) @ decode(a))
+        size = self.scale * (np.abs(decode(b)) @ np.abs(decode(a)))
+        self._product, self._size = (x.T if self.transposed else x for x in (product, size))
+        paths = folder / "own.safetensors", folder / "adapter.safetensors"
+        extents = write_odd(paths[0], {NAME: own})
+        factors = write_odd(paths[1], {"a": a, "b": b})
+        files = open_files(*paths, io=io)
+        adapter = LoraAdapter(
+            NAME, "up", self.scale, factors["a"], factors["b"], transposed=self.transposed
+        )
+        rows_of = Dense(files, extents[NAME])
+        return Adapted(files, rows_of, adapter, on_base=self.on_base), files
+
+    def values(self) -> tuple[Exact, Exact]:
+        return self._own + self._product, (self._own - self.base) + self._product
+
+    def sizes(self) -> tuple[Exact, Exact]:
+        return np.abs(self._own) + self._size, np.abs(self._own - self.base) + self._size
+
+    def test_its_delta_is_the_update_where_the_base_is_large(self, tmp_path: Path) -> None:
+        """(base + delta) - base would round it away."""
+        if not self.on_base:
+            pytest.skip("the difference of the models is part of the delta")
+        source, _ = self.make(tmp_path, "read", self.rows, self.cols)
+        assert not source.needs_base
+        shape = (self.rows, self.cols)
+        alone, beside = np.empty((2, *shape), np.float32)
+        source.delta(Tile(0, self.rows), None, alone, Scratch())
+        huge = np.full(shape, 1e30, np.float32)
+        source.delta(Tile(0, self.rows), huge, beside, Scratch())
+        assert alone.tobytes() == beside.tobytes()
+
+    def test_its_terms_are_the_rows_below_and_the_factors(self, tmp_path: Path) -> None:
+        source, _ = self.make(tmp_path, "read", self.rows, self.cols)
+        terms = source.terms()
+        assert isinstance(terms.rows, Dense)
+        (factors,) = terms.factors
+        assert factors.rank == self.rank
+        assert (factors.left.rows, factors.right.cols) == (self.rows, self.cols)
+
+
+class TestAdaptedOnTheBase(AdaptedContract):
+    on_base = True
+    transposed = False
+
+
+class TestAdaptedOnTheBaseTransposed(AdaptedContract):
+    on_base = True
+    transposed = True
+    factor_dtype = "BF16"
+
+
+class TestAdaptedOnAnotherModel(AdaptedContract):
+    on_base = False
+    transposed = False
+    factor_dtype = "F16"
+
+
+class TestAdaptedOnAnotherModelTransposed(AdaptedContract):
+    on_base = False
+    transposed = True
+    rank = 5
+
+
+def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
+    extents = write_odd(tmp_path / "w.safetensors", {NAME: encode(np.array([[1e300, -1e-300]]), "F64")})
+    source = Dense(open_files(tmp_path / "w.safetensors"), extents[NAME])
+    out = np.empty((1, 2), np.float32)
+    source.read(Tile(0, 1), out, Scratch())
+    assert out.tolist() == [[np.inf, 0.0]]

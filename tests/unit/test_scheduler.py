@@ -1,0 +1,333 @@
+"""The window of jobs: what runs when, how far ahead, and what a failure does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streammerge import grid, scheduler
+from streammerge.planning import CopyJob, MergeJob
+from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
+from streammerge.words import DType, DeltaStack, Extent, Fold, StatisticValue, TensorSpec, Tile
+from tests.contracts.any_order import AnyOrder
+
+
+@dataclass
+class Value:
+    """What came of a fold: the parts that it took, in order."""
+
+    parts: list[Any]
+
+    def at(self, tile_index: int) -> Any:
+        return self.parts
+
+
+@dataclass
+class FakeFold:
+    """Wants every tile, or one sample; then so many further reads."""
+
+    name: str
+    reads: int
+    sample: bool = False
+    taken: list[Any] = field(default_factory=list)
+
+    def wants(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return [Tile(0, len(tiles), 2, 2)] if self.sample else tiles
+
+    def measure(self, stack: DeltaStack, scratch: Any) -> Any:
+        raise NotImplementedError
+
+    def absorb(self, tile_index: int, part: Any) -> None:
+        self.taken.append((self.name, self.reads, tile_index, part))
+
+    def finish(self) -> Fold | StatisticValue:
+        if self.reads == 1:
+            return Value(self.taken)
+        return FakeFold(self.name, self.reads - 1, taken=self.taken)
+
+
+@dataclass
+class FakeMerged:
+    """A tensor of some rows, a tile each, and statistics that want some reads."""
+
+    spec: TensorSpec
+    statistics: Mapping[str, int] = field(default_factory=dict)
+    sampled: bool = False
+    released: int = 0
+
+    def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
+        found: dict[str, Fold | StatisticValue] = {}
+        for name, reads in self.statistics.items():
+            found[name] = FakeFold(name, reads, self.sampled) if reads else Value([])
+        return found
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def merge_job(name: str, rows: int, sampled: bool = False, **statistics: int) -> MergeJob:
+    spec = TensorSpec(name, (rows, 1), DType.F32)
+    merged: Any = FakeMerged(spec, statistics, sampled)
+    return MergeJob(merged, Extent("out", 0, spec), ())
+
+
+def copy_job(name: str, nbytes: int) -> CopyJob:
+    extent = Extent("in", 8, TensorSpec(name, (nbytes,), DType.U8))
+    return CopyJob(extent, Extent("out", 8, extent.spec))
+
+
+Job = MergeJob | CopyJob
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(scheduler, "COPY_BYTES", 10)
+
+
+class Watch:
+    """Does items, and keeps what was in flight."""
+
+    def __init__(self, ahead: int) -> None:
+        self.ahead = ahead
+        self.done: list[Item] = []
+        self.names: list[str] = []
+        self.open: set[str] = set()
+        self.most_open = 0
+        self.most_running = 0
+        self.lock = threading.Lock()
+        self.running = 0
+
+    def courses(self, jobs: Sequence[Job]) -> Iterator[Course]:
+        for job in jobs:
+            self.open.add(job.target.spec.name)
+            self.most_open = max(self.most_open, len(self.open))
+            yield Course(job, 1 << 20, self.ahead)
+
+    def work(self, item: Item) -> Any:
+        """A measured part says which tile it is of."""
+        if isinstance(item, Measure):
+            return {name: (fold.name, item.tile.start) for name, fold in _fakes(item).items()}
+        if isinstance(item, Finish):
+            return {name: fold.finish() for name, fold in item.folds.items()}
+        return None
+
+
+def _fakes(item: Measure) -> Mapping[str, FakeFold]:
+    return {name: fold for name, fold in item.folds.items() if isinstance(fold, FakeFold)}
+
+
+def run(
+    jobs: Sequence[Job], *, seed: int = 0, capacity: int = 4, window: int = 2, ahead: int = 3
+) -> tuple[list[Item], Watch]:
+    """Drive jobs in an order of finishing drawn from the seed; no thread takes part."""
+    watch, pool = Watch(ahead), AnyOrder(seed)
+    in_flight: set[int] = set()
+
+    def submit(item: Item) -> Future[Any]:
+        in_flight.add(id(item))
+        watch.most_running = max(watch.most_running, len(in_flight))
+        return pool.submit(watch.work, item)
+
+    finished: list[Item] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "wait", pool.wait)
+        left = {job.target.spec.name: _items(job) for job in jobs}
+        for item, _ in drive(watch.courses(jobs), submit, capacity=capacity, window=window):
+            in_flight.discard(id(item))
+            finished.append(item)
+            name = item.job.target.spec.name
+            left[name] -= 1
+            if not left[name]:
+                watch.open.discard(name)
+    assert not any(left.values())
+    return finished, watch
+
+
+def _items(job: Job) -> int:
+    """How many items a job is."""
+    if isinstance(job, CopyJob):
+        return -(-job.source.spec.nbytes // 10)
+    merged: Any = job.merged
+    rows, waves = merged.spec.rows, max(merged.statistics.values(), default=0)
+    measured = waves * rows if not merged.sampled or not waves else 1 + (waves - 1) * rows
+    return rows + measured + waves
+
+
+JOBS = [
+    merge_job("a", 5, cut=1),
+    copy_job("b", 35),
+    merge_job("c", 1),
+    merge_job("d", 7, gram=2, cut=1),
+    copy_job("e", 3),
+    merge_job("f", 4, sampled=True, cut=2),
+    merge_job("g", 3, known=0),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_finishing_does_every_item_once(seed: int) -> None:
+    finished, _ = run(JOBS, seed=seed)
+    for job in JOBS:
+        mine = [item for item in finished if item.job is job]
+        last = [item for item in mine if isinstance(item, Merge | Copy)]
+        pieces = 4 if job is JOBS[1] else 1 if job is JOBS[4] else job.target.spec.rows
+        assert sorted(item.index for item in last) == list(range(pieces))
+        assert all(item.pieces == pieces for item in last)
+    copies = [item for item in finished if isinstance(item, Copy) and item.job is JOBS[1]]
+    assert sorted((item.start, item.length) for item in copies) == [(0, 10), (10, 10), (20, 10), (30, 5)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_are_absorbed_in_grid_order(seed: int) -> None:
+    finished, _ = run(JOBS, seed=seed)
+    merges = [item for item in finished if isinstance(item, Merge) and item.job is JOBS[3]]
+    assert {frozenset(item.values) for item in merges} == {frozenset({"gram", "cut"})}
+    tiles = range(7)
+    expected = {
+        "cut": [("cut", 1, i, ("cut", i)) for i in tiles],
+        "gram": [("gram", reads, i, ("gram", i)) for reads in (2, 1) for i in tiles],
+    }
+    for item in merges:
+        assert {name: value.at(0) for name, value in item.values.items()} == expected
+
+
+def test_nothing_is_merged_before_its_statistics_are_there() -> None:
+    for seed in range(10):
+        finished, _ = run([merge_job("a", 6, cut=2)], seed=seed)
+        kinds = [type(item) for item in finished]
+        assert kinds == [*[Measure] * 6, Finish, *[Measure] * 6, Finish, *[Merge] * 6]
+
+
+def test_folds_that_want_the_same_tiles_share_a_read() -> None:
+    finished, _ = run([merge_job("a", 4, one=1, two=1)])
+    measured = [item for item in finished if isinstance(item, Measure)]
+    assert len(measured) == 4
+    assert all(set(item.folds) == {"one", "two"} for item in measured)
+
+
+def test_a_job_is_released_once_when_it_is_over() -> None:
+    jobs = [merge_job(str(i), 3, cut=i % 3) for i in range(6)]
+    run(jobs, window=3)
+    assert [job.merged.released for job in jobs] == [1] * 6  # type: ignore[attr-defined]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=8),
+    seed=st.integers(0, 1 << 30),
+    capacity=st.integers(1, 9),
+    window=st.integers(1, 5),
+    ahead=st.integers(1, 6),
+)
+def test_what_is_in_flight_is_bounded(
+    sizes: list[tuple[int, int]], seed: int, capacity: int, window: int, ahead: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "TILE_ELEMENTS", 1)
+        most_ahead = _watch_parts(patch)
+        jobs = [merge_job(f"{i}", rows, cut=reads) for i, (rows, reads) in enumerate(sizes)]
+        _, watch = run(jobs, seed=seed, capacity=capacity, window=window, ahead=ahead)
+    assert watch.most_running <= capacity
+    assert watch.most_open <= window
+    assert most_ahead() <= ahead
+
+
+def _watch_parts(patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The most tiles of a course that were handed out and not absorbed yet."""
+    out: dict[int, int] = {}
+    most = [0]
+    pick, absorb = Course.next, FakeFold.absorb
+
+    def counted_pick(course: Course) -> Item | None:
+        item = pick(course)
+        if isinstance(item, Measure):
+            key = id(item.folds["cut"])
+            out[key] = out.get(key, 0) + 1
+            most[0] = max(most[0], out[key])
+        return item
+
+    def counted_absorb(fold: FakeFold, tile_index: int, part: Any) -> None:
+        out[id(fold)] -= 1
+        absorb(fold, tile_index, part)
+
+    patch.setattr(Course, "next", counted_pick)
+    patch.setattr(FakeFold, "absorb", counted_absorb)
+    return lambda: most[0]
+
+
+def test_waves_of_different_tensors_overlap() -> None:
+    """While one tensor waits for its last tiles, another one's are under way."""
+    finished, _ = run([merge_job("a", 3, cut=1), merge_job("b", 3, cut=1)], capacity=4, window=2)
+    names = [item.job.target.spec.name for item in finished]
+    assert names != sorted(names)
+
+
+# ---------------------------------------------------------------------------------------- failure
+
+
+class Broken(Exception):
+    """What went wrong with an item."""
+
+
+@pytest.mark.parametrize("kind", [Measure, Finish, Merge, Copy])
+def test_the_first_failure_stops_and_is_raised(kind: type[Item]) -> None:
+    """What runs comes to its end, and nothing is started any more."""
+    jobs = [merge_job("a", 30, cut=1), copy_job("b", 300), merge_job("c", 30)]
+    running, started, after = [0], [0], [0]
+    failed = threading.Event()
+
+    def work(item: Item) -> Any:
+        after[0] += failed.is_set()
+        started[0] += 1
+        running[0] += 1
+        try:
+            if isinstance(item, kind):
+                failed.set()
+                raise Broken(item)
+            time.sleep(0.001)
+            return watch.work(item)
+        finally:
+            running[0] -= 1
+
+    watch = Watch(8)
+    with ThreadPoolExecutor(3) as pool, pytest.raises(Broken) as caught:
+        for _ in drive(
+            watch.courses(jobs), lambda item: pool.submit(work, item), capacity=6, window=3
+        ):
+            pass
+        running[0] = -99  # not reached
+    assert isinstance(caught.value.args[0], kind)
+    assert running[0] == 0
+    assert after[0] <= 6  # what was handed out by then
+    assert started[0] < sum(_items(job) for job in jobs)
+
+
+def test_a_caller_that_stops_stops_the_run() -> None:
+    jobs = [merge_job("a", 200)]
+    watch = Watch(4)
+    count = [0]
+
+    def work(item: Item) -> None:
+        count[0] += 1
+        time.sleep(0.001)
+
+    with ThreadPoolExecutor(2) as pool:
+        finished = drive(
+            watch.courses(jobs), lambda item: pool.submit(work, item), capacity=4, window=1
+        )
+        next(finished)
+        finished.close()  # type: ignore[attr-defined]
+        assert count[0] <= 8
+
+
+def test_no_jobs_are_no_work() -> None:
+    assert run([]) == ([], run([])[1]) or run([])[0] == []
