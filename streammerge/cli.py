@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from streammerge import __version__
-from streammerge.errors import OutputRefused, Problems, Refused, StreammergeError
+from streammerge.errors import (
+    OutputRefused,
+    Problems,
+    Refused,
+    StorageError,
+    StreammergeError,
+)
 
 if TYPE_CHECKING:
     from streammerge.planning import Plan
@@ -126,27 +132,31 @@ def merge(
         streammerge merge --base ./llama --adapter ./math=0.7 --adapter ./code=0.3 \\
                           --method ties --out ./merged
     """
-    recipe = _recipe(config, options, echo=not quiet)
+    recipe = _recipe(config, options)
     from streammerge import engine, progress
 
     with progress.reporter(quiet=quiet, log_format=log_format) as emit:
+        if not config:
+            emit(progress.as_file(recipe))
         out = engine.output_folder(recipe, config or recipe, options["out"])
         made = _plan(recipe, options, emit)
         emit(progress.planned(made))
         report = engine.run(made, out, force=force, emit=emit)
-    click.echo(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
+    _print(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
 
 
 @cli.command()
 @_recipe_options
 def plan(config: str | None, as_json: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
-    recipe = _recipe(config, options, echo=not as_json)
+    recipe = _recipe(config, options)
     from streammerge import progress
 
-    with progress.reporter(quiet=False, log_format="text") as emit:
+    with progress.reporter(quiet=as_json, log_format="text") as emit:
+        if not config:
+            emit(progress.as_file(recipe))
         made = _plan(recipe, options, emit)
-    click.echo(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
+    _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
 
 
 @cli.command()
@@ -158,7 +168,7 @@ def inspect(paths: Sequence[str], base: str | None, as_json: bool) -> None:
     from streammerge.commands.inspect import describe, examine
 
     found = [examine(path, base) for path in paths]
-    click.echo(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
+    _print(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
 
 
 @cli.command()
@@ -169,13 +179,13 @@ def methods(name: str | None, as_json: bool) -> None:
     from streammerge.commands.methods import catalogue, explain, overview
 
     if as_json:
-        click.echo(json.dumps(catalogue(name)))
+        _print(json.dumps(catalogue(name)))
     else:
-        click.echo(explain(name) if name else overview())
+        _print(explain(name) if name else overview())
 
 
-def _recipe(config: str | None, options: dict[str, Any], *, echo: bool) -> Recipe:
-    """The recipe of a file or of the options; the latter is printed, as a file to keep."""
+def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
+    """The recipe of a file or of the options."""
     given = [k for k in ("base", "adapters", "models", "method", "out_dtype") if options[k]]
     if config and given:
         raise click.UsageError("give a CONFIG, or --base, --adapter and --method; not both")
@@ -185,7 +195,7 @@ def _recipe(config: str | None, options: dict[str, Any], *, echo: bool) -> Recip
     from pathlib import Path
 
     from streammerge.methods import CATALOGUE
-    from streammerge.recipe import build_recipe, read_recipe, to_yaml
+    from streammerge.recipe import build_recipe, read_recipe
 
     problems = Problems()
     if config:
@@ -202,8 +212,6 @@ def _recipe(config: str | None, options: dict[str, Any], *, echo: bool) -> Recip
         )
     _raise_with_inputs(recipe, problems)
     assert recipe is not None
-    if not config and echo:
-        click.echo(to_yaml(recipe), err=True)
     return _override(recipe, options)
 
 
@@ -265,6 +273,20 @@ def _prepare(cache: str | None) -> None:
     system.tune_allocator()
 
 
+def _print(result: str) -> None:
+    """Write to standard output. The work is done by then, so a reader that left is no failure."""
+    try:
+        click.echo(result)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is it one when the interpreter flushes
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        what = f"the result cannot be printed: {error.strerror}"
+        raise StorageError(what, where="standard output", found=result) from error
+
+
 def _say(error: StreammergeError, *, as_json: bool) -> None:
     problems = error.problems if isinstance(error, Refused) else (error,)
     for problem in problems:
@@ -278,6 +300,11 @@ def _say(error: StreammergeError, *, as_json: bool) -> None:
 
 def main() -> None:
     """The entry point: errors become messages and exit codes (see `streammerge.errors`)."""
+    for _ in range(3):  # a closed standard stream: its number must not go to a file of ours
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened > 2:
+            os.close(opened)
+            break
     as_json = any(a == "--log-format=json" or b == ("--log-format", "json") for a, b in _pairs())
     try:
         cli.main(prog_name="streammerge", standalone_mode=False)
@@ -290,9 +317,6 @@ def main() -> None:
     except StreammergeError as error:
         _say(error, as_json=as_json)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # quiet at interpreter exit
-        sys.exit(0)
     except Exception:
         traceback.print_exc()
         click.echo("this is a bug in streammerge; please report the lines above", err=True)

@@ -126,7 +126,7 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
         emit(events.Note(note))
     refuse_overlap(plan, out)
     identity = identify(plan.inputs, to_yaml(plan.recipe, portable=True))
-    changes = Changes([model.name for model in plan.inputs.models], plan.applied())
+    changes = Changes(plan.inputs)
     already = not force and is_complete(plan, out, identity)
     if not already:
         check_output(out, force=force)
@@ -183,11 +183,11 @@ def _merge_all(plan: Plan, sink: ShardsSink, changes: Changes, meter: _Meter) ->
             window=flight.window,
         )
         for item, result in finished:
-            _note_down(item, result, sink, changes, plan)
+            _note_down(item, result, sink, changes)
             meter.count(item)
 
 
-def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes, plan: Plan) -> None:
+def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes) -> None:
     """Keep the record of a finished item; only the main thread does."""
     if isinstance(item, Merge):
         receipt, norms = result
@@ -195,10 +195,8 @@ def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes, plan
         changes.add(receipt.tensor, item.index, item.pieces, item.job.models, norms)
     elif isinstance(item, Copy):
         sink.record(result)
-        for index, model in enumerate(plan.inputs.models):
-            own = any(shard.path == item.job.source.path for shard in model.folder.shards)
-            if item.index == 0 and own and model.touches(item.job.target.spec.name):
-                changes.copied(index)
+        if item.index == 0:
+            changes.copied(result.tensor, item.job.source.path)
 
 
 class Worker:

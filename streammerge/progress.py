@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from streammerge.events import Emit, Event, Note, Progress, Warned, ignore
 from streammerge.planning import Plan
+from streammerge.recipe import Recipe, to_yaml
 from streammerge.report import Report
 from streammerge.sizes import format_size
 
@@ -24,9 +25,10 @@ PLAIN_SECONDS = 30.0
 
 
 @contextmanager
-def reporter(*, quiet: bool, log_format: str, stream: TextIO = sys.stderr) -> Iterator[Emit]:
+def reporter(*, quiet: bool, log_format: str) -> Iterator[Emit]:
     """Where the engine's events go: nowhere, JSON lines, a bar on a terminal, or plain lines."""
-    if quiet:
+    stream: TextIO | None = sys.stderr  # None where the process was started without one
+    if quiet or stream is None:
         yield ignore
     elif log_format == "json":
         yield _json_lines(stream)
@@ -35,6 +37,11 @@ def reporter(*, quiet: bool, log_format: str, stream: TextIO = sys.stderr) -> It
             yield terminal.emit
     else:
         yield _PlainLines(stream).emit
+
+
+def as_file(recipe: Recipe) -> Note:
+    """A recipe that was given by options, as a file to keep."""
+    return Note(to_yaml(recipe))
 
 
 def planned(plan: Plan) -> Note:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from streammerge.arrays import PerModel
+from streammerge.planning.inputs import Inputs, Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,19 @@ class Change:
 class Changes:
     """Adds up squared norms, tile by tile in grid order, so that any order gives the same sums."""
 
-    def __init__(self, names: Sequence[str], totals: Mapping[str, int]) -> None:
-        self._names = tuple(names)
-        self._totals = totals
+    def __init__(self, inputs: Inputs) -> None:
+        self._models = inputs.models
+        self._tensors = inputs.donor.tensors
         self._tiles: dict[str, dict[int, PerModel]] = {}
-        self._applied = [0] * len(names)
-        self._ratios: list[list[tuple[str, float]]] = [[] for _ in names]
+        self._applied = [0] * len(self._models)
+        self._ratios: list[list[tuple[str, float]]] = [[] for _ in self._models]
 
     def add(
         self, tensor: str, index: int, pieces: int, models: Sequence[int], norms: PerModel
     ) -> None:
         """Take the squared norms `[1 + models]` of a tile: of the base, then of each update."""
+        if not models:
+            return  # the base's own tensor in another dtype
         tiles = self._tiles.setdefault(tensor, {})
         tiles[index] = norms
         if len(tiles) < pieces:
@@ -54,22 +57,33 @@ class Changes:
         del self._tiles[tensor]
         base, *updates = np.sum([tiles[i] for i in sorted(tiles)], axis=0).tolist()
         for model, squared in zip(models, updates, strict=True):
+            if not self._models[model].takes_part(tensor):
+                continue
             self._applied[model] += 1
             if base > 0 and not math.isnan(squared):
                 self._ratios[model].append((tensor, math.sqrt(squared / base)))
 
-    def copied(self, model: int) -> None:
-        """A tensor that is this model's stored bytes."""
-        self._applied[model] += 1
+    def copied(self, tensor: str, path: str) -> None:
+        """A tensor that was copied from a file: it is the model's whose file that is."""
+        for index, model in enumerate(self._models):
+            own = model.folder.tensors.get(tensor)
+            if own is not None and own.path == path and model.takes_part(tensor):
+                self._applied[index] += self._is_merged(tensor)
 
     def result(self) -> tuple[Change, ...]:
         found = []
-        for name, applied, ratios in zip(self._names, self._applied, self._ratios, strict=True):
+        for model, applied, ratios in zip(self._models, self._applied, self._ratios, strict=True):
             values = [value for _, value in sorted(ratios)]
             mean = math.fsum(values) / len(values) if values else None
-            total = self._totals.get(name, applied)
-            found.append(Change(name, applied, total, mean))
+            total = sum(1 for name in self._tensors if self._is_merged(name, model))
+            found.append(Change(model.name, applied, total, mean))
         return tuple(found)
+
+    def _is_merged(self, tensor: str, model: Model | None = None) -> bool:
+        """Whether a tensor counts: one with elements to merge, in which the model takes part."""
+        spec = self._tensors[tensor].spec
+        counts = spec.dtype.mergeable and spec.numel > 0
+        return counts and (model is None or model.takes_part(tensor))
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,6 +267,8 @@ class MethodSpec:
     shared: Mapping[str, Knob]
     statistics: Mapping[str, Statistic]
     models: tuple[int, int | None] = (1, None)  # fewest and most, None: any number
+    # Buffers of a tile's rows that the function allocates; None: one for each model, and one.
+    temporaries: int | None = None
     reference: str = ""
 
     @property
@@ -312,6 +314,10 @@ class Statistic(Protocol):
 
     def check(self, per_model: Iterable[str], shared: Iterable[str]) -> None:
         """Raise TypeError when the declaration names a knob that the method does not have."""
+        ...
+
+    def measured(self, knobs: Knobs) -> Sequence[int]:
+        """The models whose deltas it reads."""
         ...
 
     def most_reads(self, knobs: Knobs) -> int:

@@ -24,22 +24,29 @@ _SPACES: Mapping[Any, Literal["deltas", "weights"]] = {Deltas: "deltas", Weights
 
 
 def method(
-    *, models: tuple[int, int | None] = (1, None), reference: str = ""
+    *,
+    models: tuple[int, int | None] = (1, None),
+    reference: str = "",
+    temporaries: int | None = None,
 ) -> Callable[[Callable[..., Any]], MethodSpec]:
     """Register a typed function as a merge method, named like the function.
 
-    `models` bounds how many models take part; `reference` is the paper. Raises TypeError when
-    the signature does not say what each argument is.
+    `models` bounds how many models take part; `reference` is the paper; `temporaries` is how many
+    buffers of a tile's rows the function allocates itself, which the plan counts (by default one
+    for each model, and one). Raises TypeError when the signature does not say what each argument is.
     """
 
     def register(function: Callable[..., Any]) -> MethodSpec:
-        return _declare(function, models, reference)
+        return _declare(function, models, reference, temporaries)
 
     return register
 
 
 def _declare(
-    function: Callable[..., Any], models: tuple[int, int | None], reference: str
+    function: Callable[..., Any],
+    models: tuple[int, int | None],
+    reference: str,
+    temporaries: int | None,
 ) -> MethodSpec:
     hints = get_type_hints(function, include_extras=True)
     first, *others = signature(function).parameters.values()
@@ -67,6 +74,7 @@ def _declare(
         statistics=MappingProxyType(statistics),
         models=models,
         reference=reference,
+        temporaries=temporaries,
     )
 
 

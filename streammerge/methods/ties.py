@@ -11,7 +11,7 @@ from streammerge.statistics import KthMagnitude
 from streammerge.words import Knob
 
 
-@method(reference="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708")
+@method(reference="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708", temporaries=0)
 def ties(
     deltas: Deltas,  # [models, rows, cols]
     *,

@@ -28,9 +28,9 @@ class Model:
     adapter: ResolvedAdapter | None
     on_base: bool  # whether its own folder is the merge's base
 
-    def touches(self, tensor: str) -> bool:
-        """Whether it can differ from the base there."""
-        return not self.on_base or (self.adapter is not None and tensor in self.adapter.updates)
+    def takes_part(self, tensor: str) -> bool:
+        """A full model does everywhere, an adapter of the base where it has an update."""
+        return self.adapter is None or not self.on_base or tensor in self.adapter.updates
 
 
 @dataclass(frozen=True, slots=True)

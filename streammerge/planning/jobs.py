@@ -67,14 +67,16 @@ class Composer:
             return CopyJob(donor, target)
         base = Dense(self._files, self._inputs.base.tensors[name]) if self._inputs.base else None
         sources = self._sources(name, base)
-        active = tuple(i for i, source in enumerate(sources) if source is not base)
+        part = tuple(range(len(sources)))
+        if self._method.space == "deltas":  # the base's own delta is nothing
+            part = tuple(i for i in part if sources[i] is not base)
+            if base is not None and not part:
+                return self._unchanged(base, target)
+        chosen = [sources[i] for i in part]
         if self._method.returns == "coefficients":
-            return self._weighted(base, sources, active, target)
-        if base is not None and not active:
-            return self._unchanged(base, target)
-        taking_part = [sources[i] for i in active]
-        merged = Applied(self._method, self._knobs(active), base, taking_part)
-        return MergeJob(merged, target, active)
+            return self._weighted(base, chosen, part, target)
+        merged = Applied(self._method, self._knobs(part), base, chosen)
+        return MergeJob(merged, target, part)
 
     def _sources(self, name: str, base: Dense | None) -> list[Source]:
         """Each model's tensor; the base itself for those that leave it alone."""
@@ -89,7 +91,8 @@ class Composer:
             if update is None:
                 sources.append(rows)
             else:
-                sources.append(Adapted(self._files, rows, update, on_base=rows is base))
+                on_base = rows is base and self._method.space == "deltas"
+                sources.append(Adapted(self._files, rows, update, on_base=on_base))
         return sources
 
     def _stored(self, model: Model, name: str) -> Extent:
@@ -98,19 +101,10 @@ class Composer:
         return own[name] if name in own else self._inputs.donor.tensors[name]
 
     def _weighted(
-        self, base: Dense | None, sources: Sequence[Source], active: tuple[int, ...], target: Extent
+        self, base: Dense | None, models: Sequence[Source], part: tuple[int, ...], target: Extent
     ) -> Job:
-        on_deltas = self._method.space == "deltas"
-        if on_deltas and base is not None and not active:
-            return self._unchanged(base, target)
-        part = active if on_deltas else tuple(range(len(sources)))
-        merged = WeightedSum(
-            self._files,
-            base,
-            [sources[i] for i in part],
-            [self._coefficients[i] for i in part],
-            self._method.space,
-        )
+        factors = [self._coefficients[i] for i in part]
+        merged = WeightedSum(self._files, base, models, factors, self._method.space)
         same = merged.same_as()
         if same is not None and same.spec.dtype == target.spec.dtype:
             return CopyJob(same.extent, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,6 @@ class Plan:
 
     def output_bytes(self) -> int:
         return sum(layout.size_bytes for layout in self.layouts)
-
-    def applied(self) -> Mapping[str, int]:
-        """Adapter -> how many tensors it changes: all that it has, or there would be no plan."""
-        with_adapter = [model for model in self.inputs.models if model.adapter]
-        return {model.name: len(model.adapter.updates) for model in with_adapter if model.adapter}
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; sizes in bytes."""

@@ -136,9 +136,15 @@ class Applied:
         return base + sum(model.read_bytes(tile) for model in self._models)
 
     def measure_bytes(self, tile: Tile) -> int:
-        needs_base = self._base is not None and any(model.needs_base for model in self._models)
+        measured = {
+            model
+            for statistic in self._method.statistics.values()
+            for model in statistic.measured(self._knobs)
+        }
+        models = [self._models[model] for model in sorted(measured)]
+        needs_base = self._base is not None and any(model.needs_base for model in models)
         base = self._base.read_bytes(tile) if self._base is not None and needs_base else 0
-        return base + sum(model.read_bytes(tile) for model in self._models)
+        return base + sum(model.read_bytes(tile) for model in models)
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows, cols = tile.shape(self.spec)
@@ -146,7 +152,9 @@ class Applied:
         stored = max(source.scratch_bytes(tile) for source in sources)
         # The base, each model; one model and the collected magnitudes while measuring.
         measured = 2 if self._method.statistics else 0
-        return (1 + len(self._models) + measured) * 4 * rows * cols + stored
+        own = self._method.temporaries
+        own = 1 + len(self._models) if own is None else own
+        return (1 + len(self._models) + max(measured, own)) * 4 * rows * cols + stored
 
     def release(self) -> None:
         for model in self._models:

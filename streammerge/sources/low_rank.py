@@ -50,8 +50,15 @@ class Product:
 
     def read_bytes(self, tile: Tile) -> int:
         """Of the left factors; the right ones are counted by `right_bytes`, once per tensor."""
-        rows = len(range(tile.start, tile.stop, tile.row_step))
-        return sum(rows * pair.rank * _itemsize(pair.left) for pair in self._factors)
+        return sum(
+            pair.rank * _itemsize(pair.left) * self._rows_read(pair.left, tile)
+            for pair in self._factors
+        )
+
+    def _rows_read(self, left: Matrix, tile: Tile) -> int:
+        """Rows lie together; columns with gaps between them are read with the gaps."""
+        thinned = left.transposed and tile.row_step > 1
+        return left.rows if thinned else len(range(tile.start, tile.stop, tile.row_step))
 
     @property
     def right_bytes(self) -> int:

@@ -54,8 +54,12 @@ class KthMagnitude:
         if self.keep not in set(per_model):
             raise TypeError(f"KthMagnitude(keep={self.keep!r}): no such per-model knob")
 
+    def measured(self, knobs: Knobs) -> Sequence[int]:
+        """Those that are pruned at all; of a small tensor even they may turn out to keep all."""
+        return [model for model, share in enumerate(knobs.per_model[self.keep]) if share < 1]
+
     def most_reads(self, knobs: Knobs) -> int:
-        return int(any(density < 1 for density in knobs.per_model[self.keep]))
+        return int(bool(self.measured(knobs)))
 
     def part_bytes(self) -> int:
         return max(4 * BINS, 12 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
@@ -149,7 +153,8 @@ def _bracket(sample: Keys, k: int, numel: int) -> Bracket:
     middle = ordered[min(size - 1, int((1 - share) * size))]
     by_row = np.mean(sample >= middle, axis=1)
     if len(by_row) == 1:
-        by_row = np.array([np.mean(block) for block in np.array_split(sample[0] >= middle, 16)])
+        blocks = np.array_split(sample[0] >= middle, min(16, size))
+        by_row = np.array([np.mean(block) for block in blocks])
     spread = _SPREADS * (float(np.std(by_row)) + 1 / size) / len(by_row) ** 0.5
     top = int((1 - share + spread) * size) + 1
     bottom = int((1 - share - spread) * size) - 1
@@ -260,12 +265,17 @@ class _Tally:
             return int(self.bins.sum())
         return sum(part.inside for part in self.parts)
 
+    @property
+    def too_few(self) -> bool:
+        """Whether fewer than k are not zero: then everything is kept."""
+        return self.bracket.low == 1 and self.above + self.inside < self.bracket.k
+
     def missed(self) -> Bracket | None:
         """The bracket beside this one in which the threshold must lie; None where it is inside."""
         k, low, high = self.bracket.k, self.bracket.low, self.bracket.high
         if self.above >= k:
             return Bracket(k, high, ABOVE_ALL)
-        if self.above + self.inside < k and low > 1:
+        if self.above + self.inside < k:
             return Bracket(k, 1, low)
         return None
 
@@ -282,8 +292,6 @@ class _Tally:
         """The k-th largest key, by bisection over keys: no copy of the parts is made."""
         wanted = self.bracket.k - self.above  # the threshold is this many from the top, inside
         inside = self.inside
-        if wanted > inside:
-            return 0  # fewer than k are not zero: everything is kept
         keys = range(self.bracket.low, self.bracket.high)
         under = bisect_left(keys, True, key=lambda key: inside - self.below(key) < wanted)
         return self.bracket.low + under - 1
@@ -321,6 +329,8 @@ class Counting:
         """All thresholds, or a further read for those that missed or held too much."""
         pending: dict[int, Bracket] = {}
         for model, tally in self._tallies.items():
+            if tally.too_few:
+                continue  # no threshold
             moved = tally.missed()
             if moved is not None:
                 pending[model] = moved
@@ -335,8 +345,6 @@ class Counting:
     def _settle(self, model: int, tally: _Tally) -> None:
         threshold = tally.key()
         self._thresholds.keys[model] = threshold
-        if threshold == 0:
-            return
         up_to = [part.below(threshold + 1) - part.below(threshold) for part in tally.parts]
         equals = np.cumsum([0, *up_to], dtype=np.int64)
         larger = tally.above + tally.inside - tally.below(threshold + 1)

@@ -60,6 +60,7 @@ class ShardFile:
     def __init__(self, folder: Path, layout: ShardLayout) -> None:
         """Create the file, reserve its blocks and write its header."""
         self.layout = layout
+        self._condemned: StorageError | None = None
         self.path = folder / layout.name
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
@@ -91,10 +92,14 @@ class ShardFile:
         system.start_writeback(self._descriptor, offset, length)
 
     def sync(self) -> None:
+        """Make what was written durable; after a failure, fail again without another try."""
+        if self._condemned:
+            raise self._condemned
         try:
             system.sync_data(self._descriptor)
         except OSError as error:
-            raise self._failed("cannot be made durable", error) from error
+            self._condemned = self._failed("cannot be made durable", error)
+            raise self._condemned from error
 
     def close(self) -> None:
         os.close(self._descriptor)
