@@ -308,7 +308,7 @@ class Statistic(Protocol):
     def start(self, spec: TensorSpec, knobs: Knobs, state_bytes: int) -> Fold | StatisticValue:
         """The first fold, or the value itself where no read is needed.
 
-        A fold and all that follow it hold at most `state_bytes` of state.
+        A fold and all that follow it hold at most `state_bytes` of state, or the least they need.
         """
         ...
 
@@ -324,8 +324,12 @@ class Statistic(Protocol):
         """How many reads of the whole tensor it takes, samples not counted, as planned."""
         ...
 
+    def least_state_bytes(self, knobs: Knobs) -> int:
+        """The state that it cannot do without."""
+        ...
+
     def part_bytes(self) -> int:
-        """The most that one measured part holds."""
+        """The most that one measured part holds, of one model."""
         ...
 
 
@@ -351,6 +355,10 @@ class Merged(Protocol):
 
     def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
         """The statistics that the method wants, by the name of its parameter."""
+        ...
+
+    def least_state_bytes(self) -> int:
+        """The state that the statistics cannot do without."""
         ...
 
     def measure(self, folds: Mapping[str, Fold], tile: Tile, scratch: Scratch) -> dict[str, Any]:

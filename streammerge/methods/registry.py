@@ -33,7 +33,7 @@ def method(
 
     `models` bounds how many models take part; `reference` is the paper; `temporaries` is how many
     buffers of a tile's rows the function allocates itself, which the plan counts (by default one
-    for each model, and one). Raises TypeError when the signature does not say what each argument is.
+    for each model, and one). Raises TypeError when the signature leaves an argument undeclared.
     """
 
     def register(function: Callable[..., Any]) -> MethodSpec:

@@ -48,7 +48,7 @@ class Start:
 
 def project(demand: Demand, start: Start, threads: int, window: int, state_bytes: int) -> Flight:
     """The peak with so much in flight."""
-    held = sum(factors + min(state, state_bytes) for factors, state in demand.held[:window])
+    held = sum(job.under(state_bytes) for job in demand.held[:window])
     flight = Flight(threads, window, state_bytes, 0)
     needed = (
         threads * (demand.worker_bytes + _THREAD_BYTES)

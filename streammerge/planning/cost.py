@@ -14,6 +14,20 @@ from streammerge.words import Merged, StatisticValue, Tile
 MOST_JOBS = 64
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Held:
+    """What one job holds between its tiles, largest first in an order of these."""
+
+    most_state_bytes: int  # what its statistics could grow to
+    least_state_bytes: int
+    factor_bytes: int
+
+    def under(self, state_bytes: int) -> int:
+        """With statistics held to so much."""
+        state = min(self.most_state_bytes, max(state_bytes, self.least_state_bytes))
+        return self.factor_bytes + state
+
+
 @dataclass(slots=True)
 class Demand:
     """Totals over all jobs, and the largest of what must be in memory at once."""
@@ -27,8 +41,7 @@ class Demand:
     progress_bytes: int = 0  # of the output, counted once for each read of a tensor
     most_reads: int = 1
     worker_bytes: int = 0  # of one thread, at its largest tile
-    # Of the jobs that hold most: bytes of factors, and what the statistics could grow to.
-    held: list[tuple[int, int]] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)  # of the jobs that hold most
     part_bytes: int = 0  # of one measured part
     touched: dict[int, int] = field(default_factory=dict)  # model -> tensors it takes part in
     reads: dict[int, int] = field(default_factory=dict)  # reads of a tensor -> tensors
@@ -70,7 +83,8 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
         demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
         state = 4 * merged.spec.numel * len(job.models)
         tiles += samples
-    demand.held = nlargest(MOST_JOBS, [*demand.held, (merged.resident_bytes, state)], key=sum)
+    held = Held(state, merged.least_state_bytes(), merged.resident_bytes)
+    demand.held = nlargest(MOST_JOBS, [*demand.held, held])
     output = job.target.spec.cols * job.target.spec.dtype.itemsize
     for tile in tiles:
         rows, _ = tile.shape(merged.spec)

@@ -90,6 +90,10 @@ class Applied:
             for name, statistic in self._method.statistics.items()
         }
 
+    def least_state_bytes(self) -> int:
+        statistics = self._method.statistics.values()
+        return sum(statistic.least_state_bytes(self._knobs) for statistic in statistics)
+
     def measure(self, folds: Mapping[str, Fold], tile: Tile, scratch: Scratch) -> dict[str, Any]:
         stack = _Stack(self._base, self._models, tile, scratch)
         return {name: fold.measure(stack, scratch) for name, fold in folds.items()}

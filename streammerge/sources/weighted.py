@@ -97,6 +97,9 @@ class WeightedSum:
     def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
         return {}
 
+    def least_state_bytes(self) -> int:
+        return 0
+
     def measure(self, folds: Mapping[str, Fold], tile: Tile, scratch: Scratch) -> dict[str, Any]:
         return {}
 

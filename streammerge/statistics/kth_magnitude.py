@@ -64,6 +64,9 @@ class KthMagnitude:
     def part_bytes(self) -> int:
         return max(4 * BINS, 12 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
 
+    def least_state_bytes(self, knobs: Knobs) -> int:
+        return 8 * BINS * len(self.measured(knobs))
+
     def start(self, spec: TensorSpec, knobs: Knobs, state_bytes: int) -> Fold | StatisticValue:
         densities = [float(density) for density in knobs.per_model[self.keep]]
         quotas = [max(1, int(density * spec.numel)) for density in densities]
@@ -71,7 +74,7 @@ class KthMagnitude:
         thresholds = Thresholds(len(quotas))
         if not pending:
             return thresholds
-        each = max(1 << 20, state_bytes // len(pending))
+        each = max(8 * BINS, state_bytes // len(pending))
         if spec.numel < _SAMPLE_FROM:
             return Counting(spec, pending, thresholds, each)
         return SampledBracket(spec, pending, thresholds, each)
@@ -211,13 +214,15 @@ def _add_to_bins(found: Keys, bracket: Bracket, bins: NDArray[np.uint32]) -> Non
 def _collect(rows: NDArray[np.float32], bracket: Bracket, scratch: Scratch) -> Part:
     above, found = count_and_collect(rows, bracket.low, bracket.high, scratch)
     found.sort()
-    firsts = np.flatnonzero(np.append(True, found[1:] != found[:-1])) if len(found) else found
-    if len(firsts) > _MOST_KEYS:
+    steps = found[1:] != found[:-1]
+    distinct = min(1, len(found)) + int(np.count_nonzero(steps))
+    if distinct > _MOST_KEYS:
         bins = np.zeros(BINS, np.uint32)
         _add_to_bins(found, bracket, bins)
         return Part(above, None, None, bins)
-    if len(firsts) == len(found):
+    if distinct == len(found):
         return Part(above, found.copy(), None, None)
+    firsts = np.concatenate([[0], np.flatnonzero(steps) + 1])
     up_to = np.append(firsts[1:], len(found)).astype(np.int64)
     return Part(above, found[firsts], up_to, None)
 
@@ -256,8 +261,8 @@ class _Tally:
             return
         assert part.distinct is not None
         index = (part.distinct - np.uint32(self.bracket.low)) >> np.uint32(_shift(self.bracket))
-        counts = None if part.up_to is None else np.diff(part.up_to, prepend=0)
-        self.bins += np.bincount(index, counts, BINS).astype(np.int64)
+        counts = 1 if part.up_to is None else np.diff(part.up_to, prepend=0)
+        np.add.at(self.bins, index, counts)
 
     @property
     def inside(self) -> int:
@@ -282,8 +287,8 @@ class _Tally:
     def narrowed(self) -> Bracket:
         """The bin that holds the threshold."""
         assert self.bins is not None
-        reached = self.above + np.cumsum(self.bins[::-1])
-        index = BINS - 1 - int(np.searchsorted(reached, self.bracket.k))
+        from_the_top = np.cumsum(self.bins[::-1])
+        index = BINS - 1 - int(np.searchsorted(from_the_top, self.bracket.k - self.above))
         low = self.bracket.low + (index << _shift(self.bracket))
         high = min(self.bracket.high, low + (1 << _shift(self.bracket)))
         return Bracket(self.bracket.k, low, high)

@@ -1,4 +1,4 @@
-"""Suites to inherit live in modules without a `test_` prefix; their asserts explain themselves too."""
+"""Asserts in the suites to inherit, whose modules have no `test_` prefix, explain themselves."""
 
 from __future__ import annotations
 

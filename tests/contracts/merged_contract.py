@@ -108,7 +108,9 @@ class MergedContract:
         in_order = run_merged(merged).tobytes()
         assert run_merged(merged, seed=seed).tobytes() == in_order
 
-    def test_norms_are_those_of_the_base_and_of_each_model(self, made: tuple[Merged, Files]) -> None:
+    def test_norms_are_those_of_the_base_and_of_each_model(
+        self, made: tuple[Merged, Files]
+    ) -> None:
         merged, _ = made
         scratch = Scratch()
         values = settle(merged, scratch)

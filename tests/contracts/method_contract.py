@@ -138,7 +138,9 @@ class MethodContract:
         setting = self.settings[0]
         recipe = inputs.recipe(self.method, setting.per_model, setting.shared, out_dtype)
         self.merge(recipe, tmp_path / "out")
-        label = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}[out_dtype]
+        label = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}[
+            out_dtype
+        ]
         self._check(inputs, tmp_path / "out", setting, label)
 
     def _check(self, inputs: SmallInputs, out: Path, setting: Setting, dtype: str) -> None:

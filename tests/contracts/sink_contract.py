@@ -206,9 +206,7 @@ def _data(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def failing_once(
-    monkeypatch: pytest.MonkeyPatch, fails: Iterator[bool], is_data: Any
-) -> list[str]:
+def failing_once(monkeypatch: pytest.MonkeyPatch, fails: Iterator[bool], is_data: Any) -> list[str]:
     """Let syncs of data fail as `fails` says; returns the paths that were synced, as they come."""
     seen: list[str] = []
 

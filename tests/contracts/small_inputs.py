@@ -112,7 +112,9 @@ class SmallInputs:
         tensors = dict(self.base)
         for name in self.base if changed is None else changed:
             values = decode(self.base[name])
-            tensors[name] = encode(values + size * self.random.normal(size=values.shape), self.dtype)
+            tensors[name] = encode(
+                values + size * self.random.normal(size=values.shape), self.dtype
+            )
         name = f"model-{len(self.entries)}"
         entry = Entry(str(self._write_model(name, tensors)), tensors)
         self.entries.append(entry)

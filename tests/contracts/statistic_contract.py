@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,7 +40,7 @@ class ArrayStack:
 def cut_rows(rows: int, *tops: int) -> list[Tile]:
     """Tiles that start at row 0 and at each of the given rows."""
     edges = [0, *sorted({top for top in tops if 0 < top < rows}), rows]
-    return [Tile(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [Tile(start, stop) for start, stop in pairwise(edges)]
 
 
 def fold_over(

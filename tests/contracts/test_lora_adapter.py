@@ -30,7 +30,9 @@ class LoraContract(AdapterContract):
         path = folder / "adapter_model.safetensors"
         extents = write_odd(path, {"a": a, "b": b})
         ends = extents["a"], extents["b"]
-        return LoraAdapter("w", "w", self.scale, *ends, transposed=self.transposed), open_files(path)
+        return LoraAdapter("w", "w", self.scale, *ends, transposed=self.transposed), open_files(
+            path
+        )
 
     def update(self) -> tuple[Exact, Exact]:
         value = self.scale * (self._b @ self._a)

@@ -66,9 +66,6 @@ class Table:
         return [origin, *(float(np.sum(delta**2)) for delta in deltas)]
 
 
-
-
-
 class WeightedContract(MergedContract):
     space: ClassVar[Literal["deltas", "weights"]]
     coefficients: ClassVar[tuple[float, ...]] = (0.4, -1.3, 0.7)

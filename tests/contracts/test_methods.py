@@ -55,7 +55,9 @@ class TestTies(MethodContract):
     method = "ties"
     settings = (
         Setting(),
-        Setting([{"weight": w, "density": d} for w, d in ((0.5, 0.6), (0.3, 0.5), (1, 1), (2, 0.1))]),
+        Setting(
+            [{"weight": w, "density": d} for w, d in ((0.5, 0.6), (0.3, 0.5), (1, 1), (2, 0.1))]
+        ),
         Setting(AWKWARD, {"normalize": False, "lambda": 1.7}),
         Setting([{"weight": -1, "density": 1e-9}] * 4),
         Setting([{"weight": 0, "density": 0.5}] * 4),
@@ -79,7 +81,9 @@ class TestTies(MethodContract):
         inputs.add_model()
         inputs.add_adapter(inputs.base, rank=4)
         inputs.add_adapter(inputs.base, rank=8)
-        setting = Setting([{"weight": w, "density": d} for w, d in ((1, 0.5), (0.7, 0.4), (0.1, 1))])
+        setting = Setting(
+            [{"weight": w, "density": d} for w, d in ((1, 0.5), (0.7, 0.4), (0.1, 1))]
+        )
         self.merge(inputs.recipe(self.method, setting.per_model), tmp_path / "out")
         answer = self.answer(inputs, "up.weight", setting)
         assert answer.doubtful() < 1e-4

@@ -1,4 +1,4 @@
-"""A method is one new file and one line that lists it: written here, it inherits the whole suite."""
+"""A method is a new file and a line that lists it: made here, it inherits the whole suite."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ class TestHalfSum(MethodContract):
     catalogue = MappingProxyType({})
     settings = (
         Setting(),
-        Setting([{"weight": w, "share": s} for w, s in ((1, 0.5), (-2, 0.25), (0, 1), (0.3, 0.01))]),
+        Setting(
+            [{"weight": w, "share": s} for w, s in ((1, 0.5), (-2, 0.25), (0, 1), (0.3, 0.01))]
+        ),
     )
 
     def answer(self, inputs: SmallInputs, name: str, setting: Setting) -> Answer:

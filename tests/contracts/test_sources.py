@@ -152,7 +152,9 @@ class TestAdaptedOnAnotherModelTransposed(AdaptedContract):
 
 
 def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
-    extents = write_odd(tmp_path / "w.safetensors", {NAME: encode(np.array([[1e300, -1e-300]]), "F64")})
+    extents = write_odd(
+        tmp_path / "w.safetensors", {NAME: encode(np.array([[1e300, -1e-300]]), "F64")}
+    )
     source = Dense(open_files(tmp_path / "w.safetensors"), extents[NAME])
     out = np.empty((1, 2), np.float32)
     source.read(Tile(0, 1), out, Scratch())

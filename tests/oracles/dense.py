@@ -38,7 +38,9 @@ def rounded(values: Exact, dtype: str) -> Exact:
     _, exponent = np.frexp(values)  # |value| in [2^(exponent - 1), 2^exponent)
     step = np.ldexp(1.0, np.maximum(exponent - 1, least) - digits + 1)
     with np.errstate(invalid="ignore"):
-        near: Exact = np.asarray(np.where(np.isfinite(values), np.rint(values / step) * step, values))
+        near: Exact = np.asarray(
+            np.where(np.isfinite(values), np.rint(values / step) * step, values)
+        )
     return np.where(np.abs(near) > greatest, np.copysign(np.inf, near), near)
 
 
@@ -96,9 +98,7 @@ def check(name: str, stored: Exact, dtype: str, answer: Answer) -> None:
         )
 
 
-def linear(
-    models: Sequence[Vector], weights: Sequence[float], *, normalize: bool = True
-) -> Answer:
+def linear(models: Sequence[Vector], weights: Sequence[float], *, normalize: bool = True) -> Answer:
     """`sum w_i x_i`, over `sum w_i` if `normalize`."""
     total = sum(weights) if normalize else 1.0
     return _weighted_sum([w / total for w in weights], models)

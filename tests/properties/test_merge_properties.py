@@ -143,7 +143,11 @@ Formula = Callable[[SmallInputs, str], Answer]
 
 
 def hold(
-    case: Case, method: str, per_model: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], formula: Formula
+    case: Case,
+    method: str,
+    per_model: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    formula: Formula,
 ) -> None:
     """Merge an example and compare every tensor with the formula."""
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
@@ -155,9 +159,7 @@ def hold(
         for answer in answers.values():  # what is too large for the type is refused
             assume(np.isfinite(rounded(np.abs(answer.value) + answer.slack, dtype)).all())
         recipe = inputs.recipe(method, per_model, shared, case.out_dtype)
-        sm.merge(
-            recipe, out=folder / "out", memory="4GiB", threads=case.threads, io=case.io
-        )
+        sm.merge(recipe, out=folder / "out", memory="4GiB", threads=case.threads, io=case.io)
         merged = read_back(folder / "out")
         assert merged.keys() == case.shapes.keys()
         for name, tensor in merged.items():

@@ -30,9 +30,27 @@ Single = NDArray[np.float32]
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
 SPECIAL = np.array(
-    [0.0, -0.0, np.inf, -np.inf, 2.0**-149, -(2.0**-149), 2.0**-126, 2.0**-133, 2.0**-134]
-    + [3 * 2.0**-135, 2.0**-24, 2.0**-25, 3 * 2.0**-26, 65504, 65519.996, 65520, 1e38, 3.4028235e38]
-    + [3.3895314e38, 3.3961775e38, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11],
+    [
+        *(0.0, -0.0, np.inf, -np.inf),
+        *(
+            2.0**-149,
+            -(2.0**-149),
+            2.0**-126,
+            2.0**-133,
+            2.0**-134,
+            3 * 2.0**-135,
+        ),  # bfloat16's least
+        *(
+            2.0**-24,
+            2.0**-25,
+            3 * 2.0**-26,
+            65504,
+            65519.996,
+            65520,
+        ),  # float16's least and greatest
+        *(1e38, 3.4028235e38, 3.3895314e38, 3.3961775e38),  # bfloat16's greatest
+        *(1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11),  # halfway
+    ],
     np.float32,
 )
 
@@ -271,9 +289,7 @@ def test_elect_works_across_its_blocks() -> None:
         ((8, -1, -1), (1, 1, 1), 8),
     ],
 )
-def test_elections(
-    values: Sequence[float], weights: Sequence[float], expected: float
-) -> None:
+def test_elections(values: Sequence[float], weights: Sequence[float], expected: float) -> None:
     deltas = np.array(values, np.float32).reshape(-1, 1, 1)
     assert elect(deltas, np.array(weights), normalize=True)[0, 0] == expected
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from streammerge import grid, scheduler
 from streammerge.planning import CopyJob, MergeJob
 from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
-from streammerge.words import DType, DeltaStack, Extent, Fold, StatisticValue, TensorSpec, Tile
+from streammerge.words import DeltaStack, DType, Extent, Fold, StatisticValue, TensorSpec, Tile
 from tests.contracts.any_order import AnyOrder
 
 
@@ -175,7 +175,12 @@ def test_any_order_of_finishing_does_every_item_once(seed: int) -> None:
         assert sorted(item.index for item in last) == list(range(pieces))
         assert all(item.pieces == pieces for item in last)
     copies = [item for item in finished if isinstance(item, Copy) and item.job is JOBS[1]]
-    assert sorted((item.start, item.length) for item in copies) == [(0, 10), (10, 10), (20, 10), (30, 5)]
+    assert sorted((item.start, item.length) for item in copies) == [
+        (0, 10),
+        (10, 10),
+        (20, 10),
+        (30, 5),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -300,6 +305,28 @@ def test_the_first_failure_stops_and_is_raised(kind: type[Item]) -> None:
     assert running[0] == 0
     assert after[0] <= 6  # what was handed out by then
     assert started[0] < sum(_items(job) for job in jobs)
+
+
+class Waiting(Future[Any]):
+    """Not begun yet, and told so as soon as it is cancelled."""
+
+    def cancel(self) -> bool:
+        return super().cancel() and not self.set_running_or_notify_cancel()
+
+
+def test_what_has_not_begun_is_cancelled() -> None:
+    futures: list[Waiting] = []
+
+    def submit(item: Item) -> Waiting:
+        futures.append(Waiting())
+        if len(futures) == 4:
+            futures[1].set_exception(Broken())
+        return futures[-1]
+
+    courses = Watch(4).courses([merge_job("a", 9)])
+    with pytest.raises(Broken):
+        next(drive(courses, submit, capacity=4, window=1))
+    assert [future.cancelled() for future in futures] == [True, False, True, True]
 
 
 def test_a_caller_that_stops_stops_the_run() -> None:
