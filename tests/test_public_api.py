@@ -99,7 +99,7 @@ def test_the_report_says_what_each_adapter_changed(recipe: Path, tmp_path: Path)
 
 
 def test_paths_may_be_text(recipe: Path, tmp_path: Path) -> None:
-    report = sm.merge(str(recipe), out=str(tmp_path / "out"), memory=1 << 30, threads=1, io="read")
+    report = sm.merge(str(recipe), out=str(tmp_path / "out"), memory=1 << 34, threads=1, io="read")
     assert report.out == tmp_path / "out"
     assert set(tensors(report.out)) == set(tensors(recipe.parent / "base"))
 

@@ -42,7 +42,7 @@ def narrow(rows: Rows, dtype: DType, out: RawBytes) -> int:
     elements = out.view(CARRIER[dtype])
     if dtype is DType.BF16:
         return int(cpu.float32_to_bfloat16(flat, elements))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is counted below
         np.copyto(elements, flat, casting="same_kind")
     if dtype is DType.F16:
         return int(np.count_nonzero(~np.isfinite(elements)))

@@ -138,38 +138,41 @@ def keep_at_least(rows, threshold):  # [n], scalar
         bits[i] = np.uint32(0) if small else bits[i]
 
 
-@njit(types.void(_rows, _f32, types.boolean, types.float32, _f32), cache=CACHED, nogil=True)
+@njit(types.void(_rows, _f64, types.boolean, types.float32, _f32), cache=CACHED, nogil=True)
 def elect(deltas, weights, normalize, scale, out):  # [models, n], [models], -, -, [n]
-    """Weighted vote, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`."""
+    """Weighted vote, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`.
+
+    Weights are added up in float64: those that cancel must come to nothing, not to a rounding.
+    """
     models, n = deltas.shape
     vote = np.empty(BLOCK, np.float32)
     total = np.empty(BLOCK, np.float32)
-    divisor = np.empty(BLOCK, np.float32)
+    divisor = np.empty(BLOCK, np.float64)
     zero = np.float32(0)
     for start in range(0, n, BLOCK):
         size = min(BLOCK, n - start)
         for i in range(size):
             vote[i] = zero
             total[i] = zero
-            divisor[i] = zero
+            divisor[i] = 0.0
         for m in range(models):
-            w = weights[m]
+            w = np.float32(weights[m])
             row = deltas[m, start : start + size]
             for i in range(size):
                 vote[i] += w * row[i]
         for m in range(models):
-            w = weights[m]
+            weight = weights[m]
+            w = np.float32(weight)
             row = deltas[m, start : start + size]
             for i in range(size):
                 d = w * row[i]
                 agrees = (d > zero) if vote[i] >= zero else (d < zero)
                 total[i] += d if agrees else zero
-                divisor[i] += w if agrees else zero
+                divisor[i] += weight if agrees else 0.0
         if normalize:
             for i in range(size):
-                by = divisor[i]
-                by = np.float32(1) if abs(by) < np.float32(1e-8) else by
-                out[start + i] = scale * (total[i] / by)
+                by = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
+                out[start + i] = scale * (total[i] / np.float32(by))
         else:
             for i in range(size):
                 out[start + i] = scale * total[i]

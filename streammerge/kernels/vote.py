@@ -15,7 +15,7 @@ def elect(deltas: Deltas, weight: PerModel, *, normalize: bool, scale: float = 1
 
     Per element, in float32 and in the order of the models: the sign of `sum w_i d_i` is elected
     (zero counts as plus); the `w_i d_i` of that sign are summed (zeros never agree), divided by
-    the sum of their `w_i` if `normalize` (by 1 where that is under 1e-8), times `scale`.
+    the float64 sum of their `w_i` if `normalize` (by 1 where that is under 1e-8), times `scale`.
 
     `deltas` is `[models, rows, cols]`, `weight` `[models]`; the result is `[rows, cols]`.
     """
@@ -23,7 +23,6 @@ def elect(deltas: Deltas, weight: PerModel, *, normalize: bool, scale: float = 1
 
     models = len(deltas)
     flat = deltas.reshape(models, -1)
-    weights = np.asarray(weight, np.float32)
-    cpu.elect(flat, weights, normalize, np.float32(scale), flat[0])
+    cpu.elect(flat, np.asarray(weight, np.float64), normalize, np.float32(scale), flat[0])
     merged: Rows = deltas[0]
     return merged

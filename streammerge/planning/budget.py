@@ -7,10 +7,11 @@ The budget changes how much happens at once and never the grid, so never the byt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import nlargest
 
 from streammerge import system
 from streammerge.errors import BudgetError
-from streammerge.planning.cost import MOST_JOBS, Demand
+from streammerge.planning.cost import MOST_JOBS, STATES, Demand
 from streammerge.sizes import format_size
 
 MIB = 1 << 20
@@ -19,8 +20,6 @@ MIB = 1 << 20
 _FIXED_BYTES = 8 * MIB
 # A thread's stack, and the page-cache folios at both ends of the range that it has mapped.
 _THREAD_BYTES = MIB + 2 * system.LARGEST_FOLIO
-# State of one tensor's statistics; less of it may cost another read, more is not faster.
-_STATES = (16 * MIB, 4 * MIB, 1 * MIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Start:
 
 def project(demand: Demand, start: Start, threads: int, window: int, state_bytes: int) -> Flight:
     """The peak with so much in flight."""
-    held = sum(job.under(state_bytes) for job in demand.held[:window])
+    held = sum(nlargest(window, (job.under(state_bytes) for job in demand.held)))
     flight = Flight(threads, window, state_bytes, 0)
     needed = (
         threads * (demand.worker_bytes + _THREAD_BYTES)
@@ -65,7 +64,7 @@ def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight
     options = [
         project(demand, start, workers, window, state)
         for workers in range(threads, 0, -1)
-        for state in _STATES
+        for state in STATES
         for window in sorted({min(MOST_JOBS, max(2, workers)), 2, 1}, reverse=True)
     ]
     for flight in options:

@@ -12,18 +12,20 @@ from streammerge.words import Merged, StatisticValue, Tile
 
 # As many jobs as are ever in flight at once.
 MOST_JOBS = 64
+# State of one tensor's statistics; less of it may cost another read, more is not faster.
+STATES = (16 << 20, 4 << 20, 1 << 20)
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Held:
-    """What one job holds between its tiles, largest first in an order of these."""
+    """What one job holds between its tiles."""
 
     most_state_bytes: int  # what its statistics could grow to
     least_state_bytes: int
     factor_bytes: int
 
     def under(self, state_bytes: int) -> int:
-        """With statistics held to so much."""
+        """Bytes, with statistics held to so much."""
         state = min(self.most_state_bytes, max(state_bytes, self.least_state_bytes))
         return self.factor_bytes + state
 
@@ -84,7 +86,7 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
         state = 4 * merged.spec.numel * len(job.models)
         tiles += samples
     held = Held(state, merged.least_state_bytes(), merged.resident_bytes)
-    demand.held = nlargest(MOST_JOBS, [*demand.held, held])
+    demand.held = nlargest(MOST_JOBS, [*demand.held, held], key=lambda one: one.under(STATES[0]))
     output = job.target.spec.cols * job.target.spec.dtype.itemsize
     for tile in tiles:
         rows, _ = tile.shape(merged.spec)

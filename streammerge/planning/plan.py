@@ -41,6 +41,10 @@ class Plan:
     def output_bytes(self) -> int:
         return sum(layout.size_bytes for layout in self.layouts)
 
+    def applied(self) -> dict[str, int]:
+        """Adapter -> the tensors that it changes: all that it has, or there would be no plan."""
+        return {m.name: len(m.adapter.updates) for m in self.inputs.models if m.adapter}
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; sizes in bytes."""
         return {

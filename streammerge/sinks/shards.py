@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from streammerge.arrays import RawBytes
@@ -48,8 +47,8 @@ class ShardsSink:
     def __init__(self, folder: Path, layouts: Sequence[ShardLayout], journal: Journal) -> None:
         """Create every shard at its full size, so that a full disk is an error now."""
         self._journal = journal
-        self._lock = Lock()
-        self._shards = {layout.name: ShardFile(folder, layout) for layout in layouts}
+        self._shards: dict[str, ShardFile] = {}
+        self._create(folder, layouts)
         self._sums: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         self._pieces: Counter[str] = Counter()
         self._batch: list[Receipt] = []
@@ -61,6 +60,14 @@ class ShardsSink:
         for layout in layouts:
             empty = [name for name, extent in layout.extents.items() if not extent.spec.nbytes]
             self.checksums.update(dict.fromkeys(empty, 0))
+
+    def _create(self, folder: Path, layouts: Sequence[ShardLayout]) -> None:
+        try:
+            for layout in layouts:
+                self._shards[layout.name] = ShardFile(folder, layout)
+        except BaseException:
+            self._close()
+            raise
 
     def write(self, extent: Extent, tile: Tile, stored: RawBytes) -> int:
         """Put a tile's bytes at their place in the extent; returns their crc32c."""
@@ -98,6 +105,9 @@ class ShardsSink:
 
     def __exit__(self, *exception: object) -> None:
         self._committer.shutdown(cancel_futures=True)
+        self._close()
+
+    def _close(self) -> None:
         for shard in self._shards.values():
             shard.close()
 

@@ -243,7 +243,8 @@ class _Tally:
         if self.bins is None:
             self.parts.append(part)
             self._held += part.nbytes
-            if part.bins is not None or self._held > self._most_bytes:
+            narrow = self.bracket.high - self.bracket.low == 1  # binned, it would stay as it is
+            if part.bins is not None or (self._held > self._most_bytes and not narrow):
                 self._start_bins()
         else:
             self._bin(part)

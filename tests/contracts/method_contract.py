@@ -143,6 +143,14 @@ class MethodContract:
         ]
         self._check(inputs, tmp_path / "out", setting, label)
 
+    @pytest.mark.parametrize("out_dtype", [None, "bfloat16"])
+    def test_tensors_that_no_model_touches(self, tmp_path: Path, out_dtype: str | None) -> None:
+        inputs = SmallInputs(tmp_path, SHAPES, "F32")
+        for _ in range(self.spec.models[0]):
+            inputs.add_adapter([UP], rank=2)
+        self.merge(inputs.recipe(self.method, out_dtype=out_dtype), tmp_path / "out")
+        self._check(inputs, tmp_path / "out", Setting(), "BF16" if out_dtype else "F32")
+
     def _check(self, inputs: SmallInputs, out: Path, setting: Setting, dtype: str) -> None:
         merged = read_back(out)
         assert merged.keys() == inputs.base.keys()

@@ -53,7 +53,7 @@ def read_back(folder: Path) -> dict[str, Tensor]:
     """All tensors of an output, as the safetensors library reads them."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, one in deserialize(path.read_bytes()):
+        for name, one in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
             found[name] = one["dtype"], tuple(one["shape"]), bytes(one["data"])
     return found
 
@@ -147,8 +147,11 @@ class SmallInputs:
         self, shape: Shape, rank: int, scale: float, transposed: bool, largest: int
     ) -> Update:
         rows, cols = reversed(shape) if transposed else shape
-        draw = lambda *size: self.random.integers(-largest, largest + 1, size) * _FACTOR_UNIT  # noqa: E731
-        return Update(draw(rank, cols), draw(rows, rank), scale, transposed)
+        a, b = (
+            np.asarray(self.random.integers(-largest, largest + 1, size) * _FACTOR_UNIT)
+            for size in ((rank, cols), (rows, rank))
+        )
+        return Update(a, b, scale, transposed)
 
     # ------------------------------------------------------------------------ for the oracles
 

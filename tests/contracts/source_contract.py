@@ -140,10 +140,11 @@ class SourceContract:
 
     def test_mapped_and_read_give_the_same_bits(self, tmp_path: Path) -> None:
         found = []
-        for io in ("mmap", "read"):
+        ways: tuple[Io, ...] = ("mmap", "read")
+        for io in ways:
             folder = tmp_path / io
             folder.mkdir()
-            source, files = self.make(folder, io, self.rows, self.cols)  # type: ignore[arg-type]
+            source, files = self.make(folder, io, self.rows, self.cols)
             tiles = [Tile(0, 9), Tile(9, self.rows), Tile(0, self.rows, 3, 5)]
             with files:
                 found.append([self.both(source, tile, Scratch()) for tile in tiles])

@@ -26,6 +26,9 @@ from tests.oracles.dense import Answer
 
 NAME = "up.weight"
 PREFIX = "base_model.model.up."
+
+Space = Literal["deltas", "weights"]
+SPACES: tuple[Space, ...] = ("deltas", "weights")
 SHAPE = (61, 24)
 LARGE = (384, 512)
 
@@ -47,7 +50,9 @@ class Table:
         self.base = Dense(self.files, extents[0][NAME])
         self.tuned = Dense(self.files, extents[1][NAME])
         updates = [
-            LoraAdapter(NAME, "up", scale, *(found[f"{PREFIX}lora_{side}.weight"] for side in "AB"))
+            LoraAdapter(
+                NAME, "up", scale, found[f"{PREFIX}lora_A.weight"], found[f"{PREFIX}lora_B.weight"]
+            )
             for scale, found in ((0.5, extents[2]), (-1.0, extents[3]))
         ]
         self.models: list[Source] = [
@@ -67,7 +72,7 @@ class Table:
 
 
 class WeightedContract(MergedContract):
-    space: ClassVar[Literal["deltas", "weights"]]
+    space: ClassVar[Space]
     coefficients: ClassVar[tuple[float, ...]] = (0.4, -1.3, 0.7)
 
     def merged(self, folder: Path, shape: tuple[int, int] = SHAPE) -> tuple[Merged, Files]:
@@ -79,15 +84,6 @@ class WeightedContract(MergedContract):
     def large(self, folder: Path) -> tuple[Merged, Files]:
         return self.merged(folder, LARGE)
 
-
-class TestWeightedSumOfDeltas(WeightedContract):
-    space = "deltas"
-
-    def answer(self) -> Answer:
-        inputs = self.table.inputs
-        deltas = [inputs.delta(entry, NAME) for entry in inputs.entries]
-        return dense.task_arithmetic(inputs.origin(NAME), deltas, self.coefficients)
-
     def squared_norms(self) -> list[float]:
         """An adapter's update only: the model below it is reported by itself, if at all."""
         norms = self.table.squared_norms()
@@ -95,8 +91,17 @@ class TestWeightedSumOfDeltas(WeightedContract):
         return [*norms[:3], float(np.sum(update**2))]
 
 
-class TestWeightedSumOfWeights(TestWeightedSumOfDeltas):
-    space = "weights"
+class TestWeightedSumOfDeltas(WeightedContract):
+    space: ClassVar[Space] = "deltas"
+
+    def answer(self) -> Answer:
+        inputs = self.table.inputs
+        deltas = [inputs.delta(entry, NAME) for entry in inputs.entries]
+        return dense.task_arithmetic(inputs.origin(NAME), deltas, self.coefficients)
+
+
+class TestWeightedSumOfWeights(WeightedContract):
+    space: ClassVar[Space] = "weights"
 
     def answer(self) -> Answer:
         inputs = self.table.inputs
@@ -155,13 +160,13 @@ class TestSameAs:
         return Table(tmp_path, SHAPE)
 
     def same(
-        self, table: Table, models: list[Source], weights: list[float], space: str
+        self, table: Table, models: list[Source], weights: list[float], space: Space
     ) -> Dense | None:
-        merged = WeightedSum(table.files, table.base, models, weights, space)  # type: ignore[arg-type]
+        merged = WeightedSum(table.files, table.base, models, weights, space)
         return merged.same_as()
 
     def test_a_model_in_full(self, table: Table) -> None:
-        for space in ("deltas", "weights"):
+        for space in SPACES:
             assert self.same(table, [table.tuned], [1.0], space) is table.tuned
             assert self.same(table, [table.tuned], [0.5], space) is None
             assert self.same(table, [table.tuned, table.tuned], [0.5, 0.5], space) is table.tuned
@@ -172,5 +177,5 @@ class TestSameAs:
         assert self.same(table, [table.base], [0.3], "deltas") is table.base
 
     def test_an_adapter_is_never_a_copy(self, table: Table) -> None:
-        for space in ("deltas", "weights"):
+        for space in SPACES:
             assert self.same(table, [table.models[1]], [1.0], space) is None

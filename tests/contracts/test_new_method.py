@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from streammerge.methods import load
+from streammerge.words import MethodSpec
 from tests.contracts.method_contract import MethodContract, Setting
 from tests.contracts.small_inputs import SmallInputs
 from tests.oracles import dense
@@ -34,7 +35,7 @@ from streammerge.words import Coefficients, Knob
 
 FILES = {
     "half_sum": '''
-@method()
+@method(temporaries=0)
 def half_sum(
     deltas: Deltas,  # [models, rows, cols]
     *,
@@ -54,11 +55,12 @@ def half_sum(
 def geometric(
     deltas: Deltas,
     *,
+    weight: Annotated[PerModel, Knob(1.0, "factor")],
     first: Annotated[float, Knob(0.5, "weight of the first", at_least=0.0, below=1.0)],
 ) -> Coefficients:
-    """Each model weighs `first` times the one before it."""
-    return Coefficients([first ** (i + 1) for i in range(WIDTH)])
-'''.replace("WIDTH", "4"),
+    """Each model weighs `first` times as much as the one before it."""
+    return Coefficients([float(w) * first ** (i + 1) for i, w in enumerate(weight)])
+''',
     "spread": '''
 @method(models=(2, None))
 def spread(
@@ -104,7 +106,7 @@ class TestHalfSum(MethodContract):
     """Rows of task vectors, with a statistic."""
 
     method = "half_sum"
-    catalogue = MappingProxyType({})
+    catalogue: ClassVar[Mapping[str, MethodSpec]] = {}
     settings = (
         Setting(),
         Setting(
@@ -131,13 +133,14 @@ class TestGeometric(MethodContract):
     """Coefficients: the engine forms the sum."""
 
     method = "geometric"
-    catalogue = MappingProxyType({})
+    catalogue: ClassVar[Mapping[str, MethodSpec]] = {}
     settings = (Setting(), Setting(shared={"first": 0.9}), Setting(shared={"first": 0.0}))
 
     def answer(self, inputs: SmallInputs, name: str, setting: Setting) -> Answer:
         first = setting.get("first", self.spec.shared)
         deltas = [inputs.delta(entry, name) for entry in inputs.entries]
-        factors = [first ** (i + 1) for i in range(len(deltas))]
+        weights = setting.of("weight", self.spec.per_model, self.everyone(inputs))
+        factors = [weight * first ** (i + 1) for i, weight in enumerate(weights)]
         return dense.task_arithmetic(inputs.origin(name), deltas, factors)
 
 
@@ -145,7 +148,7 @@ class TestSpread(MethodContract):
     """Rows of the models themselves: one that leaves a tensor alone is the base there."""
 
     method = "spread"
-    catalogue = MappingProxyType({})
+    catalogue: ClassVar[Mapping[str, MethodSpec]] = {}
     settings = (Setting(), Setting(shared={"scale": -0.5}))
 
     def answer(self, inputs: SmallInputs, name: str, setting: Setting) -> Answer:

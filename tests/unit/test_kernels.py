@@ -58,7 +58,7 @@ SPECIAL = np.array(
 def widened(raw: NDArray[np.generic], dtype: DType) -> Single:
     out = np.full((1, raw.size), np.nan, np.float32)
     widen(raw.view(np.uint8), dtype, out)
-    return out[0]
+    return out.reshape(-1)
 
 
 def narrowed(values: Single, dtype: DType) -> tuple[NDArray[np.uint8], int]:
@@ -173,6 +173,10 @@ VALUES = st.tuples(MAGNITUDES, st.booleans()).map(lambda pair: pair[0] if pair[1
 ROWS = st.lists(VALUES, min_size=1, max_size=40).map(lambda v: np.array([v], np.float32))
 
 
+def key_of(magnitude: float) -> int:
+    return int(keys(np.array([magnitude], np.float32))[0])
+
+
 def test_keys_order_magnitudes() -> None:
     magnitudes = np.abs(np.concatenate([SPECIAL, np.random.default_rng(0).normal(size=99)]))
     ordered = np.sort(magnitudes.astype(np.float32))
@@ -183,7 +187,7 @@ def test_keys_order_magnitudes() -> None:
 
 @given(ROWS, MAGNITUDES, MAGNITUDES)
 def test_count_and_collect(rows: Single, one: float, other: float) -> None:
-    low, high = (int(keys(np.float32([value]))[0]) for value in sorted((one, other)))
+    low, high = (key_of(value) for value in sorted((one, other)))
     for top in (high, high + 1, ABOVE_ALL):
         above, inside = count_and_collect(rows, low, top, Scratch())
         found = keys(rows).reshape(-1)
@@ -211,14 +215,14 @@ def expected_trim(values: Sequence[float], threshold: float, quota: int) -> list
 @given(ROWS, MAGNITUDES, st.integers(0, 12) | st.just(KEEP_ALL_EQUAL))
 def test_trim(rows: Single, threshold: float, quota: int) -> None:
     expected = expected_trim(rows[0].tolist(), float(np.float32(threshold)), quota)
-    key = int(keys(np.float32([threshold]))[0])
+    key = key_of(threshold)
     trimmed = trim(rows[None].copy(), Cut((key,), (quota,)))
     np.testing.assert_array_equal(trimmed[0, 0], np.array(expected, np.float32))
 
 
 def test_trim_takes_each_model_by_its_own_cut_in_place() -> None:
     deltas = np.arange(-6, 6, dtype=np.float32).reshape(2, 2, 3)
-    cuts = Cut((int(keys(np.float32([5]))[0]), 0), (1, KEEP_ALL_EQUAL))
+    cuts = Cut((key_of(5), 0), (1, KEEP_ALL_EQUAL))
     before = deltas[1].copy()
     assert trim(deltas, cuts) is deltas
     assert deltas[0].tolist() == [[-6, -5, 0], [0, 0, 0]]

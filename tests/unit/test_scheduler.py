@@ -149,12 +149,12 @@ def _items(job: Job) -> int:
     if isinstance(job, CopyJob):
         return -(-job.source.spec.nbytes // 10)
     merged: Any = job.merged
-    rows, waves = merged.spec.rows, max(merged.statistics.values(), default=0)
+    rows, waves = job.merged.spec.rows, int(max(merged.statistics.values(), default=0))
     measured = waves * rows if not merged.sampled or not waves else 1 + (waves - 1) * rows
     return rows + measured + waves
 
 
-JOBS = [
+JOBS: list[Job] = [
     merge_job("a", 5, cut=1),
     copy_job("b", 35),
     merge_job("c", 1),
@@ -278,14 +278,16 @@ class Broken(Exception):
 @pytest.mark.parametrize("kind", [Measure, Finish, Merge, Copy])
 def test_the_first_failure_stops_and_is_raised(kind: type[Item]) -> None:
     """What runs comes to its end, and nothing is started any more."""
-    jobs = [merge_job("a", 30, cut=1), copy_job("b", 300), merge_job("c", 30)]
-    running, started, after = [0], [0], [0]
+    jobs: list[Job] = [merge_job("a", 30, cut=1), copy_job("b", 300), merge_job("c", 30)]
+    running: set[int] = set()
+    started: list[Item] = []  # sets and lists, as counting is not safe among threads
+    after: list[Item] = []
     failed = threading.Event()
 
     def work(item: Item) -> Any:
-        after[0] += failed.is_set()
-        started[0] += 1
-        running[0] += 1
+        started.append(item)
+        after.extend([item] if failed.is_set() else [])
+        running.add(id(item))
         try:
             if isinstance(item, kind):
                 failed.set()
@@ -293,7 +295,7 @@ def test_the_first_failure_stops_and_is_raised(kind: type[Item]) -> None:
             time.sleep(0.001)
             return watch.work(item)
         finally:
-            running[0] -= 1
+            running.discard(id(item))
 
     watch = Watch(8)
     with ThreadPoolExecutor(3) as pool, pytest.raises(Broken) as caught:
@@ -302,9 +304,9 @@ def test_the_first_failure_stops_and_is_raised(kind: type[Item]) -> None:
         ):
             pass
     assert isinstance(caught.value.args[0], kind)
-    assert running[0] == 0
-    assert after[0] <= 6  # what was handed out by then
-    assert started[0] < sum(_items(job) for job in jobs)
+    assert not running
+    assert len(after) <= 6  # what was handed out by then
+    assert len(started) < sum(_items(job) for job in jobs)
 
 
 class Waiting(Future[Any]):
@@ -332,10 +334,10 @@ def test_what_has_not_begun_is_cancelled() -> None:
 def test_a_caller_that_stops_stops_the_run() -> None:
     jobs = [merge_job("a", 200)]
     watch = Watch(4)
-    count = [0]
+    started: list[Item] = []
 
     def work(item: Item) -> None:
-        count[0] += 1
+        started.append(item)
         time.sleep(0.001)
 
     with ThreadPoolExecutor(2) as pool:
@@ -344,7 +346,7 @@ def test_a_caller_that_stops_stops_the_run() -> None:
         )
         next(finished)
         finished.close()  # type: ignore[attr-defined]
-        assert count[0] <= 8
+        assert len(started) <= 8
 
 
 def test_no_jobs_are_no_work() -> None:
