@@ -167,7 +167,12 @@ class Row:
         if self.measured is None:
             return [*head, "", "", "", "", self.verdict]
         m = self.measured
-        numbers = [_mib(m.projected_bytes), _mib(m.peak_bytes), f"{m.ratio:.2f}", f"{m.seconds:.0f}"]
+        numbers = [
+            _mib(m.projected_bytes),
+            _mib(m.peak_bytes),
+            f"{m.ratio:.2f}",
+            f"{m.seconds:.0f}",
+        ]
         return [*head, *numbers, self.verdict]
 
 
@@ -243,7 +248,9 @@ def warm_up(root: Path) -> None:
         raise SystemExit(f"the warm-up failed with {row.verdict}")
 
 
-def table(root: Path, models: Sequence[str], methods: Sequence[str], budgets: Sequence[int]) -> Iterator[Row]:
+def table(
+    root: Path, models: Sequence[str], methods: Sequence[str], budgets: Sequence[int]
+) -> Iterator[Row]:
     """Run it all, row by row."""
     warm_up(root)
     for model in models:
@@ -259,7 +266,12 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     root = os.environ.get("STREAMMERGE_BENCH", ".bench")
     add = parser.add_argument
-    add("--inputs", type=Path, default=Path(root), help="where inputs are, or get made (%(default)s)")
+    add(
+        "--inputs",
+        type=Path,
+        default=Path(root),
+        help="where inputs are, or get made (%(default)s)",
+    )
     add("--model", action="append", choices=["llama", "embedding"], help="default: both")
     add("--method", action="append", choices=METHODS, help="default: all")
     add("--budget", action="append", type=int, metavar="MIB", help="default: 384, 1024 and 4096")

@@ -54,9 +54,7 @@ def test_a_recipe_is_merged_and_the_end_says_what_came_of_it(
     assert done.returncode == 0, done.stderr
     assert digest(out) == digest(usual)
     said = done.stdout.splitlines()
-    assert re.fullmatch(
-        r"lora-0: 14 of 14 tensors applied, mean relative change [\d.]+ %", said[0]
-    )
+    assert re.fullmatch(r"lora-0: 14 of 14 tensors applied, mean relative change [\d.]+ %", said[0])
     assert re.fullmatch(
         r"20 tensors in [\d.]+ s: read [\d.]+ KiB, wrote [\d.]+ KiB "
         r"\([\d.]+ KiB copied unchanged\), peak memory [\d.]+ MiB",

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bench_inputs
+import memory
 import numpy as np
 import pytest
 
-import memory
 import streammerge as sm
 from streammerge.planning import CopyJob
 from tests.running import TILED, make_inputs, write_recipe

@@ -66,9 +66,7 @@ def test_measured_stays_under_projected_and_near_it(
 
 @measures
 @pytest.mark.parametrize("recipe", ["ties", "linear"])
-def test_the_least_budget_is_named_and_is_enough(
-    inputs: Path, tmp_path: Path, recipe: str
-) -> None:
+def test_the_least_budget_is_named_and_is_enough(inputs: Path, tmp_path: Path, recipe: str) -> None:
     path, out = inputs / f"{recipe}.yaml", tmp_path / "out"
     refused = run("merge", path, "--out", out, "--memory", "64MiB")
     assert refused.returncode == 78
