@@ -6,6 +6,7 @@ cast, the sink's write; the receipt goes back to the one thread that keeps the r
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ def output_folder(recipe: Recipe, config: str | Path | Recipe, out: str | Path |
     if out is not None:
         return Path(out).expanduser()
     if recipe.output is not None:
-        return recipe.folder / Path(recipe.output).expanduser()
+        return Path(os.path.normpath(recipe.folder / Path(recipe.output).expanduser()))
     if isinstance(config, Recipe):
         raise OutputRefused("no output is named", remedy="say where it goes with --out")
     return Path(Path(config).stem)
