@@ -58,7 +58,7 @@ def write_recipe(folder: Path, name: str, text: str = ADAPTERS) -> Path:
 
 
 def run(
-    *arguments: str | Path,
+    *arguments: str | int | Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 200,
@@ -104,7 +104,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         raw = path.read_bytes()
-        read = {n: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for n, t in deserialize(raw)}
+        read = {n: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for n, t in deserialize(raw)}  # type: ignore[no-untyped-call]
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         found |= {name: read[name] for name in header if name in read}
     return found

@@ -87,7 +87,7 @@ def test_options_make_the_recipe_and_print_it(inputs: Path, tmp_path: Path) -> N
 
 def test_options_win_over_the_recipe(inputs: Path, usual: Path, tmp_path: Path) -> None:
     recipe = write_recipe(inputs, "own", (inputs / "ties.yaml").read_text() + "output: ./unused\n")
-    options = ["--out", tmp_path / "out", "--shard-size", "1GiB", "--cache", tmp_path / "cache"]
+    options = ("--out", tmp_path / "out", "--shard-size", "1GiB", "--cache", tmp_path / "cache")
     done = run("merge", recipe, *options, "--io", "read")
     assert done.returncode == 0, done.stderr
     assert not (inputs / "unused").exists()
@@ -151,7 +151,7 @@ def test_a_json_log_is_json_on_every_line(inputs: Path, tmp_path: Path) -> None:
 
 def test_a_json_log_is_json_when_options_make_the_recipe(inputs: Path, tmp_path: Path) -> None:
     options = ["--base", "base", "--adapter", "lora-0", "--method", "linear"]
-    log = ["--log-format", "json", "--out", tmp_path / "out"]
+    log = ("--log-format", "json", "--out", tmp_path / "out")
     done = run("merge", *options, *log, cwd=inputs)
     assert done.returncode == 0
     assert json_lines(done.stderr)

@@ -67,9 +67,9 @@ def test_importing_loads_nothing_heavy() -> None:
 
 
 def test_plan_says_what_merge_then_does(recipe: Path, tmp_path: Path) -> None:
-    planned = sm.plan(recipe, memory="2GiB")
+    planned = sm.plan(recipe, memory="16GiB")
     with fresh_process() as pool:
-        report = pool.submit(sm.merge, recipe, out=tmp_path / "out", memory="2GiB").result()
+        report = pool.submit(sm.merge, recipe, out=tmp_path / "out", memory="16GiB").result()
     assert isinstance(planned, sm.Plan)
     assert isinstance(report, sm.Report)
     assert report.out == tmp_path / "out"

@@ -160,6 +160,8 @@ def elect(deltas, weights, normalize, scale, out):  # [models, n], [models], -, 
             row = deltas[m, start : start + size]
             for i in range(size):
                 vote[i] += w * row[i]
+        for i in range(size):
+            total[i] = vote[i] - vote[i]  # nothing; NaN where a delta is not finite, to be found
         for m in range(models):
             weight = weights[m]
             w = np.float32(weight)

@@ -18,6 +18,8 @@ MIB = 1 << 20
 
 # What Python, the pool and the journal take besides the buffers: measured, generously rounded.
 _FIXED_BYTES = 8 * MIB
+# Processes start with a MiB more or less; the least budget that is named must do for the next one.
+_START_SPREAD = 4 * MIB
 # A thread's stack, and the page-cache folios at both ends of the range that it has mapped.
 _THREAD_BYTES = MIB + 2 * system.LARGEST_FOLIO
 
@@ -71,7 +73,7 @@ def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight
         if flight.projected_bytes <= budget_bytes:
             return flight
     least = min(flight.projected_bytes for flight in options)
-    least = -(-least // MIB) * MIB
+    least = -(-(least + _START_SPREAD) // MIB) * MIB
     raise BudgetError(
         "this merge does not fit the memory budget",
         least_bytes=least,
