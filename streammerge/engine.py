@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from streammerge.sinks.shards import Receipt, ShardsSink
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
 from streammerge.storage.journal import Journal
-from streammerge.storage.rundir import RunDirectory, check_output
+from streammerge.storage.rundir import RunDirectory, check_output, clear_state
 from streammerge.words import MethodSpec
 
 PROGRESS_SECONDS = 0.2
@@ -129,7 +129,9 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
     identity = identify(plan.inputs, to_yaml(plan.recipe, portable=True))
     changes = Changes(plan.inputs)
     already = not force and is_complete(plan, out, identity)
-    if not already:
+    if already:
+        clear_state(out)
+    else:
         check_output(out, force=force)
         compare_buffers(plan)
         with threadpool_limits(1, "blas"), plan.files:
@@ -205,6 +207,7 @@ class Worker:
 
     def __init__(self, plan: Plan, sink: ShardsSink) -> None:
         self._files = plan.files
+        self._names = [model.name for model in plan.inputs.models]
         self._sink = sink
         self._local = threading.local()
 
@@ -221,6 +224,7 @@ class Worker:
     def _merge(self, item: Merge) -> tuple[Receipt, PerModel]:
         scratch = self._scratch()
         rows, norms = item.job.merged.merge(item.tile, item.index, item.values, scratch)
+        _refuse_spoiled_model(item, norms, self._names)
         target = item.job.target
         stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
         if narrow(rows, target.spec.dtype, stored):
@@ -280,9 +284,25 @@ class _Meter:
             )
 
 
+def _rows_of(item: Merge) -> str:
+    return f"{item.job.target.spec.name}, rows {item.tile.start} to {item.tile.stop - 1}"
+
+
+def _refuse_spoiled_model(item: Merge, norms: PerModel, names: Sequence[str]) -> None:
+    """A vote drops what is NaN, as if the model were not there: its norm still tells."""
+    if not np.isfinite(norms[0]):
+        return  # no base to compare with, or one that spoils the result itself
+    for model, squared in zip(item.job.models, norms[1:], strict=False):  # none in a mere cast
+        if not np.isfinite(squared):
+            raise BadInput(
+                f"{names[model]} has values that are NaN or infinite",
+                where=_rows_of(item),
+                remedy="fetch or train that model again, or leave it out",
+            )
+
+
 def _refuse_not_finite(item: Merge, in_float32: int) -> None:
-    spec, tile = item.job.target.spec, item.tile
-    place = f"{spec.name}, rows {tile.start} to {tile.stop - 1}"
+    spec, place = item.job.target.spec, _rows_of(item)
     if in_float32:
         raise BadInput(
             f"the merge has {in_float32} values that are NaN or infinite",

@@ -41,7 +41,8 @@ def squared_norms(
     norms, start = [], 0
     for right_gram, scale in zip(right_grams, scales, strict=True):
         band = left[:, start : start + len(right_gram)]
-        left_gram = (band.T @ band).astype(np.float64)
-        norms.append(scale * scale * float(np.sum(left_gram * right_gram)))
+        with np.errstate(invalid="ignore", over="ignore"):  # said when the tile is written
+            left_gram = (band.T @ band).astype(np.float64)
+            norms.append(scale * scale * float(np.sum(left_gram * right_gram)))
         start += len(right_gram)
     return np.array(norms, np.float64)

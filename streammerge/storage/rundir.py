@@ -136,6 +136,13 @@ class RunDirectory:
         os.close(self._lock)
 
 
+def clear_state(out: Path) -> None:
+    """Remove what a run left that was killed between publishing and tidying up."""
+    if (out.absolute().parent / f".{out.name}.streammerge").exists():
+        with RunDirectory(out):
+            pass
+
+
 def _is_still(path: Path, descriptor: int) -> bool:
     """Whether the path still names the file that was opened."""
     try:

@@ -1,0 +1,200 @@
+"""A killed merge starts over and gives the same bytes; two merges do not share an output.
+
+The command is stopped at a chosen call of a chosen function, so that every kill hits its place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import streammerge as sm
+from tests.running import COMMAND, digest, make_inputs, run, write_recipe
+
+# Runs the command, but waits in the n-th call of a function until the file GO is there.
+STOPPING = """\
+import importlib, itertools, os, time
+from pathlib import Path
+
+module, path, when = os.environ["STOP"].split()
+*parts, name = path.split(".")
+owner = importlib.import_module(module)
+for part in parts:
+    owner = getattr(owner, part)
+original, calls = getattr(owner, name), itertools.count(1)
+
+def stop(*arguments, **options):
+    if next(calls) == int(when):
+        Path(os.environ["REACHED"]).touch()
+        while not Path(os.environ["GO"]).exists():
+            time.sleep(0.01)
+    return original(*arguments, **options)
+
+setattr(owner, name, stop)
+from streammerge.cli import main
+main()
+"""
+
+# Places on the way of a merge, in their order.
+PLACES = {
+    "the first write": "streammerge.storage.shard ShardFile.write 1",
+    "a later write": "streammerge.storage.shard ShardFile.write 9",
+    "a copy": "streammerge.storage.shard ShardFile.copy 3",
+    "the receipts": "streammerge.storage.journal Journal.append 2",
+    "the last sync": "streammerge.storage.shard ShardFile.sync 2",
+    "the record": "streammerge.sinks.companions write_documents 1",
+    "the rename": "os rename 1",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    write_recipe(folder, "ties")
+    write_recipe(folder, "linear")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Recipe -> hash of its output."""
+    outs = tmp_path_factory.mktemp("undisturbed")
+    for recipe in ("ties", "linear"):
+        sm.merge(inputs / f"{recipe}.yaml", out=outs / recipe)
+    return {recipe: digest(outs / recipe) for recipe in ("ties", "linear")}
+
+
+@contextmanager
+def stopped(
+    place: str, marks: Path, *arguments: str | Path, cwd: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """The command, waiting at a place; the file `marks / go` lets it go on."""
+    marks.mkdir()
+    files = {"REACHED": str(marks / "reached"), "GO": str(marks / "go")}
+    env = {**os.environ, "STOP": place, **files}
+    command = [sys.executable, "-c", STOPPING, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True) as one:
+        try:
+            deadline = time.monotonic() + 60
+            while not (marks / "reached").exists():
+                assert one.poll() is None, f"it never came to {place}: {one.communicate()}"
+                assert time.monotonic() < deadline, f"it did not come to {place} in a minute"
+                time.sleep(0.01)
+            yield one
+        finally:
+            one.kill()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the output goes, alone."""
+    (tmp_path / "outs").mkdir()
+    return tmp_path / "outs"
+
+
+@pytest.mark.parametrize("place", list(PLACES))
+def test_a_killed_merge_starts_over(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path, place: str
+) -> None:
+    out, before = folder / "out", digest(inputs)
+    arguments = ("merge", "ties.yaml", "--out", out)
+    with stopped(PLACES[place], tmp_path / "marks", *arguments, cwd=inputs) as merge:
+        merge.send_signal(signal.SIGKILL)
+    assert not out.exists(), "a final name proves completeness"
+    assert [path.name for path in folder.iterdir()] == [".out.streammerge"]
+    again = run(*arguments, cwd=inputs)
+    assert again.returncode == 0, again.stderr
+    assert digest(out) == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    assert digest(inputs) == before
+
+
+# Of two renames, the first takes the old output away and the second puts the new one there.
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_while_replacing_loses_neither(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path, renames: int
+) -> None:
+    out = folder / "out"
+    sm.merge(inputs / "ties.yaml", out=out)
+    arguments = ("merge", "linear.yaml", "--out", out, "--force")
+    with stopped(f"os rename {renames}", tmp_path / "marks", *arguments, cwd=inputs) as merge:
+        merge.kill()
+    assert not out.exists() or digest(out) == undisturbed["ties"]
+    again = run(*arguments, cwd=inputs)
+    assert again.returncode == 0, again.stderr
+    assert digest(out) == undisturbed["linear"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def test_a_kill_after_publishing_leaves_a_complete_output(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path
+) -> None:
+    """Killed before the state is removed: the same command says so, and cleans up."""
+    out = folder / "out"
+    arguments = ("merge", "ties.yaml", "--out", out)
+    with stopped("shutil rmtree 1", tmp_path / "marks", *arguments, cwd=inputs) as merge:
+        merge.kill()
+    assert digest(out) == undisturbed["ties"]
+    again = run(*arguments, cwd=inputs)
+    assert again.returncode == 0, again.stderr
+    assert "there already" in again.stdout
+    assert digest(out) == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def test_what_an_old_kill_left_does_not_stop_another_merge(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path
+) -> None:
+    out = folder / "out"
+    sm.merge(inputs / "ties.yaml", out=out)
+    forced = ("merge", "linear.yaml", "--out", out, "--force")
+    with stopped("shutil rmtree 1", tmp_path / "marks", *forced, cwd=inputs) as merge:
+        merge.kill()
+    assert digest(out) == undisturbed["linear"]
+    other = run("merge", "ties.yaml", "--out", out, "--force", cwd=inputs)
+    assert other.returncode == 0, other.stderr
+    assert digest(out) == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("recipe", ["ties", "linear"])
+def test_a_second_process_is_refused(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path, recipe: str
+) -> None:
+    out, place = folder / "out", PLACES["a later write"]
+    arguments = ("merge", "ties.yaml", "--out", out)
+    with stopped(place, tmp_path / "marks", *arguments, cwd=inputs) as first:
+        second = run("merge", f"{recipe}.yaml", "--out", out, "--force", cwd=inputs)
+        assert second.returncode == 73, second.stderr
+        assert "another process is writing this output" in second.stderr
+        assert str(folder) in second.stderr
+        (tmp_path / "marks" / "go").touch()
+        _, errors = first.communicate(timeout=60)
+        assert first.returncode == 0, errors
+    assert digest(out) == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def test_many_at_once_leave_one_complete_output(
+    inputs: Path, undisturbed: dict[str, str], folder: Path
+) -> None:
+    command = [COMMAND, "merge", "ties.yaml", "--out", str(folder / "out")]
+    pipe = subprocess.PIPE
+    runs = [
+        subprocess.Popen(command, cwd=inputs, stdout=pipe, stderr=pipe, text=True) for _ in range(3)
+    ]
+    said = [one.communicate(timeout=120)[1] for one in runs]
+    codes = [one.returncode for one in runs]
+    assert 0 in codes
+    assert set(codes) <= {0, 73}, said
+    assert digest(folder / "out") == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
