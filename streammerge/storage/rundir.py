@@ -6,6 +6,7 @@ is complete or is not there: data sync, journal sync, rename, directory sync.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -132,8 +133,13 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         """Remove the state: what an unfinished merge wrote is of no use, since it starts over."""
         self._restore()
-        shutil.rmtree(self.path)
-        os.close(self._lock)
+        try:
+            shutil.rmtree(self.path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise  # else another process has just put its lock there: the folder is its own now
+        finally:
+            os.close(self._lock)
 
 
 def clear_state(out: Path) -> None:

@@ -5,8 +5,9 @@ Every model and adapter lies on a `Shelf`, so that the tests of a module share t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ import streammerge as sm
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONV1D = ["c_attn", "c_proj", "c_fc"]
-MAKERS = {"llama": make_llama, "qwen2": make_qwen2, "gpt2": make_gpt2}
+MAKERS: dict[str, Callable[..., Path]] = {
+    "llama": make_llama,
+    "qwen2": make_qwen2,
+    "gpt2": make_gpt2,
+    "gpt2-untied": partial(make_gpt2, tied=False),
+}
 MEMORY = "8GiB"  # a bound: what is free on the machine is not what is tested
 MOST_UNCLEAR = 1e-4  # of a model's elements may stand on the edge of a threshold or a vote
 

@@ -91,6 +91,13 @@ ADAPTERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "bfloat16",
         {"target_modules": CONV1D, "use_rslora": True, "rank_pattern": {"c_fc": 3}},
     ),
+    # The head is wrapped last, so PEFT saves its `fan_in_fan_out: false` for the Conv1Ds too.
+    "conv1d-and-head": (
+        "gpt2-untied",
+        "float32",
+        "float32",
+        {"target_modules": ["attn.c_proj", "lm_head"]},
+    ),
     # Nothing but the model's type says that these square weights lie transposed.
     "conv1d-square": ("gpt2", "float32", "float32", {"target_modules": ["attn.c_proj"]}),
     "conv1d-square-bfloat16": ("gpt2", "bfloat16", "float32", {"target_modules": ["attn.c_proj"]}),
