@@ -289,7 +289,7 @@ def _rows_of(item: Merge) -> str:
 
 
 def _refuse_spoiled_model(item: Merge, norms: PerModel, names: Sequence[str]) -> None:
-    """A vote drops what is NaN, as if the model were not there: its norm still tells."""
+    """By its norm, which tells whose the values are where the result could not."""
     if not np.isfinite(norms[0]):
         return  # no base to compare with, or one that spoils the result itself
     for model, squared in zip(item.job.models, norms[1:], strict=False):  # none in a mere cast

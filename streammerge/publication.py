@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def write_companions(
     plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
 ) -> None:
     """All of the output but its shards: config, tokenizer, index, card, recipe, and the record."""
-    inputs, recipe = plan.inputs, plan.recipe
+    inputs, recipe, changed = plan.inputs, plan.recipe, changes.result()
     donor = inputs.donor
     copy_donor_files(folder, donor.path, donor.config, recipe.out_dtype)
     write_index(folder, plan.layouts)
@@ -95,14 +96,16 @@ def write_companions(
         method=recipe.method.name,
         recipe_yaml=recipe_yaml,
         library_version=__version__,
-        changed=[str(change) for change in changes.result()],
+        changed=[str(change) for change in changed],
         license=license_of(donor.path),
     )
-    record = _record(plan, identity, sink, changes)
+    record = _record(plan, identity, sink, changed)
     write_documents(folder, card=card, recipe=recipe_yaml, record=record)
 
 
-def _record(plan: Plan, identity: Identity, sink: ShardsSink, changes: Changes) -> dict[str, Any]:
+def _record(
+    plan: Plan, identity: Identity, sink: ShardsSink, changed: Sequence[Change]
+) -> dict[str, Any]:
     """streammerge.json: what was merged, by what, and checksums of what came of it."""
     shards = sink.shard_checksums(plan.layouts)
     return {
@@ -112,7 +115,7 @@ def _record(plan: Plan, identity: Identity, sink: ShardsSink, changes: Changes) 
         "method": plan.recipe.method.name,
         "environment": identity.environment,
         "inputs": identity.inputs,
-        "changes": [_change(change) for change in changes.result()],
+        "changes": [_change(change) for change in changed],
         "shards": {
             layout.name: {"bytes": layout.size_bytes, "crc32c": shards[layout.name]}
             for layout in plan.layouts

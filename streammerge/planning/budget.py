@@ -16,7 +16,8 @@ from streammerge.sizes import format_size
 
 MIB = 1 << 20
 
-# What Python, the pool and the journal take besides the buffers: measured, generously rounded.
+# What Python, the pool and the journal take besides the buffers: chosen, and held to by
+# scripts/memory.
 _FIXED_BYTES = 8 * MIB
 # Processes start with a MiB more or less; the least budget that is named must do for the next one.
 _START_SPREAD = 4 * MIB

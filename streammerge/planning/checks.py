@@ -35,27 +35,17 @@ def _compare(donor: ModelFolder, model: Model, problems: Problems) -> Iterator[s
     ours, theirs = donor.tensors, model.folder.tensors
     missing = [name for name in ours if name not in theirs and not _optional(name)]
     extra = [name for name in theirs if name not in ours and not _optional(name)]
-    where = str(model.folder.path)
-    if missing:
-        problems.add(
-            BadInput(
-                f"{model.name} lacks {_count(missing)} that {donor.path.name} has",
-                where=where,
-                found=_some(missing),
-                expected=f"the tensors of {donor.path}",
-                remedy=_about_heads(missing) or "merge models of one architecture",
+    for names, theirs_do, ours_do in ((missing, "lacks", "has"), (extra, "has", "lacks")):
+        if names:
+            problems.add(
+                BadInput(
+                    f"{model.name} {theirs_do} {_count(names)} that {donor.path.name} {ours_do}",
+                    where=str(model.folder.path),
+                    found=_some(names),
+                    expected=f"the tensors of {donor.path}",
+                    remedy=_about_heads(names) or "merge models of one architecture",
+                )
             )
-        )
-    if extra:
-        problems.add(
-            BadInput(
-                f"{model.name} has {_count(extra)} that {donor.path.name} lacks",
-                where=where,
-                found=_some(extra),
-                expected=f"the tensors of {donor.path}",
-                remedy=_about_heads(extra) or "merge models of one architecture",
-            )
-        )
     for name in ours:
         if name in theirs:
             _compare_tensor(ours[name], theirs[name], problems)

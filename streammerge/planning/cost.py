@@ -45,7 +45,6 @@ class Demand:
     worker_bytes: int = 0  # of one thread, at its largest tile
     held: list[Held] = field(default_factory=list)  # of the jobs that hold most
     part_bytes: int = 0  # of one measured part
-    touched: dict[int, int] = field(default_factory=dict)  # model -> tensors it takes part in
     reads: dict[int, int] = field(default_factory=dict)  # reads of a tensor -> tensors
 
 
@@ -75,8 +74,6 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
     demand.progress_bytes += reads * job.target.spec.nbytes
     demand.most_reads = max(demand.most_reads, reads)
     demand.reads[reads] = demand.reads.get(reads, 0) + 1
-    for model in job.models:
-        demand.touched[model] = demand.touched.get(model, 0) + 1
     tiles = [grid.largest_tile(merged.spec)]
     state = 0
     if reads > 1:
@@ -108,10 +105,9 @@ def _samples(merged: Merged) -> Sequence[Tile]:
 
 
 def predict_seconds(demand: Demand, models: int, rank: int, threads: int) -> float:
-    """A rough prediction, from rates measured on two cores of a server of 2023.
+    """A rough prediction, from rates fitted to the runs in docs/performance.md.
 
-    `rank` is the sum of the ranks of all adapters. Good to a factor of two where the disk takes
-    a GB/s.
+    `rank` is the sum of the ranks of all adapters.
     """
     per_element = 3.5 + 0.035 * rank + (1.6 * models if demand.most_reads > 1 else 0.0)
     compute = demand.tile_reads * per_element * 1e-9 / threads

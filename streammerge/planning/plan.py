@@ -11,7 +11,7 @@ from streammerge.errors import Problems
 from streammerge.planning.budget import Flight, Start, fit
 from streammerge.planning.checks import check_models, float64_note, template_notes
 from streammerge.planning.cost import Demand, add_up, predict_seconds
-from streammerge.planning.inputs import Inputs, Model, open_inputs
+from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.layout import lay_out_shards
 from streammerge.recipe import Recipe
@@ -49,7 +49,10 @@ class Plan:
         """For `--json`; sizes in bytes."""
         return {
             "method": self.recipe.method.name,
-            "models": [_model(self, model) for model in self.inputs.models],
+            "models": [
+                {"name": e.name, "applied_tensors": self.applied().get(e.name), **e.knobs}
+                for e in self.recipe.entries
+            ],
             "tensors": {
                 "merged": self.demand.merged_tensors,
                 "copied": self.demand.copied_tensors,
@@ -67,12 +70,6 @@ class Plan:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
-
-
-def _model(plan: Plan, model: Model) -> dict[str, Any]:
-    entry = plan.recipe.entries[plan.inputs.models.index(model)]
-    applied = len(model.adapter.updates) if model.adapter else None
-    return {"name": model.name, "applied_tensors": applied, **entry.knobs}
 
 
 def make_plan(

@@ -193,11 +193,7 @@ class Part:
         if self.bins is not None:
             return int(self.bins.sum(dtype=np.int64))
         assert self.distinct is not None
-        return (
-            int(self.up_to[-1])
-            if self.up_to is not None and len(self.up_to)
-            else len(self.distinct)
-        )
+        return len(self.distinct) if self.up_to is None else int(self.up_to[-1])
 
 
 def _shift(bracket: Bracket) -> int:

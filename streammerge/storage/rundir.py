@@ -62,7 +62,7 @@ class RunDirectory:
     def __init__(self, out: Path) -> None:
         """Create it, or take over what a dead run left: an unfinished merge starts over."""
         self._out = out.absolute()
-        self.path = self._out.parent / f".{self._out.name}.streammerge"
+        self.path = _state_folder(out)
         try:
             self._lock = self._take_lock()
             self._restore()
@@ -113,7 +113,7 @@ class RunDirectory:
             shutil.rmtree(self._replaced)
 
     def publish(self) -> None:
-        """Give the finished folder its final name, and remove the state. All data is synced."""
+        """Give the finished folder its final name. All data is synced."""
         try:
             _sync_folder(self.output)
             if self._out.exists() and any(self._out.iterdir()):
@@ -144,9 +144,15 @@ class RunDirectory:
 
 def clear_state(out: Path) -> None:
     """Remove what a run left that was killed between publishing and tidying up."""
-    if (out.absolute().parent / f".{out.name}.streammerge").exists():
+    if _state_folder(out).exists():
         with RunDirectory(out):
             pass
+
+
+def _state_folder(out: Path) -> Path:
+    """`.<name>.streammerge` beside the output."""
+    whole = out.absolute()
+    return whole.parent / f".{whole.name}.streammerge"
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
