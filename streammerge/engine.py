@@ -126,7 +126,7 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
     for note in plan.notes:
         emit(events.Note(note))
     refuse_overlap(plan, out)
-    identity = identify(plan.inputs, to_yaml(plan.recipe, portable=True))
+    identity = identify(plan.inputs, plan.layouts, to_yaml(plan.recipe, portable=True))
     changes = Changes(plan.inputs)
     already = not force and is_complete(plan, out, identity)
     if already:

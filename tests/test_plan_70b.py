@@ -35,7 +35,7 @@ def kernel_read_bytes() -> int:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"), TILED, rank=16, tuned=True)
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"), TILED, rank=4, tuned=True)
     write_recipe(folder, "ties", TIES)
     write_recipe(folder, "tuned", TIES + "models: [{model: ./tuned, parameters: {density: 0.3}}]\n")
     write_recipe(folder, "linear")

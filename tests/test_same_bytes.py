@@ -1,7 +1,8 @@
 """The same recipe on the same inputs gives the same bytes, however the merge was run.
 
-One hash over all output files for any threads, budget, way of reading, timing and staging; and for
-inputs whose tensors lie in another order, the same bytes of every tensor.
+One hash over all output files for any threads, budget, way of reading, timing and staging, and any
+order of the tensors in the inputs. Only the donor's order shows, since the output mirrors it: then
+every tensor has the same bytes.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def shuffled(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", list(RECIPES))
-def test_the_order_of_the_other_models_tensors_changes_no_byte_of_the_weights(
+def test_the_order_of_the_other_models_tensors_changes_no_byte(
     inputs: Path, shuffled: Path, usual: dict[str, Path], out: Path, tmp_path: Path, method: str
 ) -> None:
     for name in ("tuned", "lora-0", "lora-1"):
@@ -178,9 +179,7 @@ def test_the_order_of_the_other_models_tensors_changes_no_byte_of_the_weights(
     recipe = tmp_path / "cfg.yaml"
     recipe.write_text(RECIPES[method])
     sm.merge(recipe, out=out, threads=2, memory="4GiB")
-    assert digest(out, only=".safetensors") == digest(usual[method], only=".safetensors")
-    # The record names the inputs by their headers, so it must tell them apart.
-    assert digest(out, only="streammerge.json") != digest(usual[method], only="streammerge.json")
+    assert digest(out) == digest(usual[method])
 
 
 @pytest.mark.parametrize("method", list(RECIPES))

@@ -1,7 +1,8 @@
 """What makes two merges the same: the recipe, the inputs' contents, and the arithmetic.
 
 Paths, times and inodes are not part of it, since inputs get staged and copied; nor are budget,
-threads and ways of reading, which never change a byte of the output.
+threads and ways of reading, which never change a byte of the output. A model is known by its
+tensors, whatever their order and files; the output's layout, which follows the donor's, is part.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import hashlib
 import json
 import os
 import platform
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,12 @@ from streammerge.errors import StorageError
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.storage.checksum import checksum
 from streammerge.storage.folder import donor_files
-from streammerge.storage.header import Header
+from streammerge.storage.shard import ShardLayout
+from streammerge.words import Extent
 
+# 64 KiB at 16 places for each 4 GiB of a model: a file of the hub has about that size.
 _SAMPLES = 16
+_SAMPLED_BYTES = 4 << 30
 _SAMPLE_BYTES = 64 << 10
 
 
@@ -37,16 +44,17 @@ class Identity:
     fingerprint: str
 
 
-def identify(inputs: Inputs, recipe_yaml: str) -> Identity:
-    """Read the places that tell inputs apart: about a MiB of each weight file."""
+def identify(inputs: Inputs, layouts: Sequence[ShardLayout], recipe_yaml: str) -> Identity:
+    """Read the places that tell inputs apart: a MiB of each model, or of each 4 GiB of it."""
     found = {
-        "base": [_weights(shard) for shard in inputs.base.shards] if inputs.base else None,
+        "base": _weights(inputs.base.tensors) if inputs.base else None,
         "models": [_model(model) for model in inputs.models],
         "donated": _donated(inputs.donor.path),
     }
     parts = {
         "recipe": recipe_yaml,
         "inputs": found,
+        "layout": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
         "grid": grid.TILE_ELEMENTS,
         "environment": environment(),
         "version": ".".join(__version__.split(".")[:2]),
@@ -66,25 +74,53 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _weights(header: Header) -> dict[str, Any]:
-    """A weight file by its header, its size, and crc32c of 64 KiB at each of 16 fixed places."""
-    last = max(0, header.size_bytes - _SAMPLE_BYTES)
+def _weights(tensors: Mapping[str, Extent]) -> dict[str, Any]:
+    """Names, types and shapes in the order of names, and crc32c of samples in that order."""
+    extents = [tensors[name] for name in sorted(tensors)]
+    specs = [[e.spec.name, e.spec.dtype.label, *e.spec.shape] for e in extents]
+    starts = list(accumulate((e.spec.nbytes for e in extents), initial=0))
+    total = starts.pop()
     crc = 0
-    try:
-        with open(header.path, "rb") as file:
-            for place in sorted({last * step // (_SAMPLES - 1) for step in range(_SAMPLES)}):
-                crc = checksum(os.pread(file.fileno(), _SAMPLE_BYTES, place), crc)
-    except OSError as error:
-        raise _unreadable(header.path, error) from error
-    return {"header_sha256": header.digest, "bytes": header.size_bytes, "sampled_crc32c": crc}
+    for place in _places(total):
+        index = bisect_right(starts, place) - 1  # of equal starts, the one that has bytes
+        crc = _sampled(extents[index:], place - starts[index], crc)
+    return {
+        "tensors": len(extents),
+        "bytes": total,
+        "specs_sha256": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
+        "sampled_crc32c": crc,
+    }
+
+
+def _places(total: int) -> Sequence[int]:
+    """Where samples start in so many bytes of tensors laid end to end."""
+    steps = _SAMPLES * max(1, -(-total // _SAMPLED_BYTES)) - 1
+    last = max(0, total - _SAMPLE_BYTES)
+    return sorted({last * step // steps for step in range(steps + 1)}) if total else ()
+
+
+def _sampled(extents: Iterable[Extent], start: int, crc: int) -> int:
+    """crc32c of 64 KiB from `start` of the first of some tensors laid end to end."""
+    left = _SAMPLE_BYTES
+    for extent in extents:
+        length = min(left, extent.spec.nbytes - start)
+        try:
+            with open(extent.path, "rb", buffering=0) as file:
+                crc = checksum(os.pread(file.fileno(), length, extent.offset + start), crc)
+        except OSError as error:
+            raise _unreadable(extent.path, error) from error
+        start, left = 0, left - length
+        if not left:
+            break
+    return crc
 
 
 def _model(model: Model) -> dict[str, Any]:
-    own = None if model.on_base else [_weights(shard) for shard in model.folder.shards]
+    own = None if model.on_base else _weights(model.folder.tensors)
     entry: dict[str, Any] = {"name": model.name, "weights": own}
     if model.adapter:
         folder = model.adapter.folder
-        entry["adapter"] = _weights(folder.header)
+        entry["adapter"] = _weights(folder.header.tensors)
         entry["adapter_config_sha256"] = _digest(folder.path / "adapter_config.json")
     return entry
 

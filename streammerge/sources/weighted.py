@@ -113,7 +113,7 @@ class WeightedSum:
             of_factors = self._product.rows_and_norms(tile, out, scratch)
             norms[1:] = np.bincount(self._factor_models, of_factors, self._models)
         else:
-            out.fill(0)
+            out.fill(-0.0)  # what adds nothing: 0.0 would turn an element that is -0.0 into 0.0
         base = self._read_base(tile, scratch)
         if base is not None:
             norms[0] = sum_of_squares(base)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     Keys = NDArray[np.uint32]
 
 BINS = 1 << 16
-# A part with more distinct keys than this is sent as bins, so that no part is large.
-_MOST_KEYS = 1 << 15
+# A part with more distinct keys than there are bins is sent as bins, so that no part is large.
+# Half as many cost adapters of rank 4 another read: their brackets are wide.
+_MOST_KEYS = BINS
 # Tensors smaller than this are not worth a sample: everything is inside the bracket.
 _SAMPLE_FROM = 1 << 15
 # Every eighth row, within these bounds: reading a row of a full model reads all its columns.

@@ -13,6 +13,8 @@ from exact_merge import assert_close, read_tensors, weighted_deltas
 from merge_cases import assert_merged, entries_of, merge, model_of, trio_of, weigh
 from peft_models import Shelf, load
 
+from tests.makers import write_model
+
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
@@ -45,6 +47,15 @@ def test_the_output_takes_the_dtype_asked_for(
             assert np.array_equal(stored.values(), cast.double().numpy()), name
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["dtype"] == out
+
+
+@pytest.mark.parametrize("method", ["linear", "passthrough"])
+def test_a_cast_keeps_the_sign_of_zero(tmp_path: Path, method: str) -> None:
+    values = np.array([[0.0, -0.0, 1.0, -1.0]], np.float32)
+    base = write_model(tmp_path / "base", {"w": ("F32", (1, 4), values.tobytes())}, config={})
+    models = [{"model": str(base)}]
+    stored = merge(tmp_path, merge_method=method, models=models, out_dtype="bfloat16")["w"]
+    assert stored.data.hex(" ", 2) == "0000 0080 803f 80bf"
 
 
 def test_float32_survives_a_bfloat16_base(shelf: Shelf, tmp_path: Path) -> None:
