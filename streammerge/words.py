@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from streammerge.arrays import PerModel, Rows
@@ -157,6 +157,9 @@ class Source(Protocol):
     def release(self) -> None: ...
 
 
+# ------------------------------------------------------------------------------------- updates
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A stored two-dimensional factor, possibly to be used transposed."""
@@ -191,19 +194,57 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class Addition:
+    """`scale` times a stored tensor of the same shape: a bias of lora_B on the layer's bias."""
+
+    scale: float
+    extent: Extent
+
+    rank: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """`m / norm(W + factors) * (W + factors)`: DoRA, where lengths are learned by themselves.
+
+    Of each row, or of each column where the base stores the weight as `[in, out]`. `magnitude`
+    holds one length for each of them. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation",
+    ICML 2024 (arXiv 2402.09353).
+    """
+
+    factors: Factors
+    magnitude: Extent
+    of: Literal["rows", "columns"]
+
+    @property
+    def rank(self) -> int:
+        return self.factors.rank
+
+    @property
+    def scale(self) -> float:
+        return self.factors.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A stored tensor in place of the base's; or of some rows of it, in the order of `rows`."""
+
+    extent: Extent
+    rows: tuple[int, ...] | None = None
+
+    rank: ClassVar[int] = 0
+
+
+# What an adapter does to one tensor. Planning chooses the source that does it.
+Update = Factors | Addition | Dora | Replacement
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
-    """A model's tensor as `rows + sum of factors`."""
+    """A model's tensor as `rows + sum of factors`: exactly what `rows` hands out, and products."""
 
     rows: Source
     factors: tuple[Factors, ...] = ()
-
-
-class Adapter(Protocol):
-    """An arrow from base rows to adapted rows: one adapter's effect on one tensor."""
-
-    def factors(self) -> tuple[Factors, ...]:
-        """The update as low-rank products."""
-        ...
 
 
 # ------------------------------------------------------------------------------------- methods

@@ -1,13 +1,11 @@
-"""Adapters: from a folder that PEFT saved to low-rank updates of the base's tensors."""
+"""Adapters: from a folder that PEFT saved to updates of the base's tensors."""
 
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.folder import AdapterFolder, open_adapter
-from streammerge.adapters.lora import LoraAdapter
 from streammerge.adapters.resolve import ResolvedAdapter, resolve_adapter
 
 __all__ = [
     "AdapterFolder",
-    "LoraAdapter",
     "LoraConfig",
     "ResolvedAdapter",
     "open_adapter",

@@ -6,7 +6,6 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: `W + s * 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from streammerge.adapters.config import LoraConfig
@@ -45,25 +44,13 @@ _CODES: Final = Fault(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LoraAdapter:
-    """What one LoRA adds to one tensor of the base: `scale * B @ A`, transposed where it must be.
+def low_rank(a: Extent, b: Extent, scale: float, *, transposed: bool = False) -> Factors:
+    """`scale * B @ A` as an update of the stored tensor, A being `[r, in]` and B `[out, r]`.
 
-    `a` is `[r, in]` and `b` is `[out, r]`, as they lie in the file. `transposed` says that the
-    base stores this weight as `[in, out]`.
+    `transposed` says that the base stores this weight as `[in, out]`.
     """
-
-    tensor: str  # of the base
-    module: str  # as the adapter names it
-    scale: float
-    a: Extent
-    b: Extent
-    transposed: bool = False
-
-    def factors(self) -> tuple[Factors, ...]:
-        """The update as one product that has the shape of the stored tensor."""
-        left, right = (self.a, self.b) if self.transposed else (self.b, self.a)
-        return (Factors(self.scale, Matrix(left, self.transposed), Matrix(right, self.transposed)),)
+    left, right = (a, b) if transposed else (b, a)
+    return Factors(scale, Matrix(left, transposed), Matrix(right, transposed))
 
 
 def fits(pair: Pair, target: Extent, config: LoraConfig, findings: Findings) -> bool:

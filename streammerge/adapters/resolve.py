@@ -10,11 +10,11 @@ from typing import Any, Final
 from streammerge.adapters.faults import Fault, Findings
 from streammerge.adapters.folder import AdapterFolder
 from streammerge.adapters.keys import Pair, sort_tensors
-from streammerge.adapters.lora import LoraAdapter, Orientation, fits
+from streammerge.adapters.lora import Orientation, fits, low_rank
 from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors
 from streammerge.errors import BadInput, Problems
 from streammerge.storage.smallfile import show
-from streammerge.words import Extent
+from streammerge.words import Extent, Factors, Update
 
 HEAD: Final = "lm_head"
 
@@ -31,7 +31,7 @@ class ResolvedAdapter:
     """An adapter and the update that it makes to each tensor of a base it touches."""
 
     folder: AdapterFolder
-    updates: Mapping[str, LoraAdapter]  # by the base tensor's name, in the base's order
+    updates: Mapping[str, Update]  # by the base tensor's name, in the base's order
     notes: tuple[str, ...]  # the folder's, and what finding the tensors adds
 
 
@@ -101,14 +101,13 @@ def _raise_any(findings: Findings, folder: AdapterFolder, any_pairs: bool) -> No
 
 def _updates(
     folder: AdapterFolder, targets: Sequence[tuple[Pair, Extent]], orientation: Orientation
-) -> dict[str, LoraAdapter]:
+) -> dict[str, Update]:
+    """By the base tensor's name."""
     return {
-        target.spec.name: LoraAdapter(
-            tensor=target.spec.name,
-            module=pair.module,
-            scale=folder.config.scale(pair.module),
-            a=pair.a,
-            b=pair.b,
+        target.spec.name: low_rank(
+            pair.a,
+            pair.b,
+            folder.config.scale(pair.module),
             transposed=orientation.transposed(pair, target),
         )
         for pair, target in targets
@@ -120,7 +119,7 @@ def _updates(
 
 def _notes(
     folder: AdapterFolder,
-    updates: Mapping[str, LoraAdapter],
+    updates: Mapping[str, Update],
     base: Mapping[str, Extent],
     move: Move,
     training_state: int,
@@ -132,7 +131,7 @@ def _notes(
         yield f"its tensor names fit the base's {move.about}"
     if training_state:
         yield f"{training_state} tensors acted in training only and change no weight"
-    silent = sum(1 for update in updates.values() if update.scale == 0)
+    silent = sum(isinstance(one, Factors) and one.scale == 0 for one in updates.values())
     if silent:
         yield f"alpha is 0 for {silent} of its {len(updates)} tensors: these stay unchanged"
 

@@ -11,7 +11,7 @@ from streammerge.adapters import AdapterFolder, open_adapter, resolve_adapter
 from streammerge.sizes import format_size
 from streammerge.storage.folder import ModelFolder, open_model
 from streammerge.storage.references import display_name, resolve
-from streammerge.words import Extent
+from streammerge.words import Extent, Replacement
 
 
 def examine(reference: str, base: str | None) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def _adapter(path: Path, folder: AdapterFolder, base: str | None) -> dict[str, A
     if base is not None:
         model = open_model(resolve(base, None, [Path.cwd()]))
         resolved = resolve_adapter(folder, model.tensors, model.config)
-        scales = sorted({update.scale for update in resolved.updates.values()})
+        updates = resolved.updates.values()
+        scales = sorted({one.scale for one in updates if not isinstance(one, Replacement)})
         facts |= {"base": base, "touches": len(resolved.updates), "scales": scales}
         facts["notes"] = list(resolved.notes)
     return facts

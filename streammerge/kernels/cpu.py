@@ -83,12 +83,6 @@ def add_scaled(out, factor, rows):  # [n], scalar, [n]
         out[i] += factor * rows[i]
 
 
-@njit(types.void(_f32, types.float32, _f32, _f32), cache=CACHED, nogil=True)
-def add_scaled_difference(out, factor, rows, base):  # [n], scalar, [n], [n]
-    for i in range(out.size):
-        out[i] += factor * (rows[i] - base[i])
-
-
 @njit(types.UniTuple(_i64, 2)(_f32, types.uint32, types.uint32, _u32), cache=CACHED, nogil=True)
 def count_and_collect(rows, low, high, found):  # [n], scalar, scalar, [>= n]
     """How many magnitudes are at or above `high`, and how many in `[low, high)`.

@@ -17,14 +17,6 @@ def add_scaled(out: Rows, factor: float, rows: Rows) -> None:
     cpu.add_scaled(out.reshape(-1), np.float32(factor), rows.reshape(-1))
 
 
-def add_scaled_difference(out: Rows, factor: float, rows: Rows, base: Rows) -> None:
-    """`out += float32(factor) * (rows - base)`; all `[rows, cols]`."""
-    from streammerge.kernels import cpu
-
-    flat = out.reshape(-1), np.float32(factor), rows.reshape(-1), base.reshape(-1)
-    cpu.add_scaled_difference(*flat)
-
-
 def sum_of_squares(rows: Rows) -> float:
     """The squared Frobenius norm, in float64."""
     from streammerge.kernels import cpu

@@ -10,13 +10,26 @@ import numpy as np
 from streammerge.arrays import PerModel
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.recipe import Recipe
-from streammerge.sources.adapted import Adapted
+from streammerge.sources.adapted import Adapted, Change
 from streammerge.sources.applied import Applied
 from streammerge.sources.dense import Dense
+from streammerge.sources.low_rank import Product
+from streammerge.sources.scaled import Scaled
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.shard import ShardLayout
-from streammerge.words import Coefficients, Extent, Knobs, Merged, Source
+from streammerge.words import (
+    Addition,
+    Coefficients,
+    Dora,
+    Extent,
+    Factors,
+    Knobs,
+    Merged,
+    Replacement,
+    Source,
+    Update,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +105,20 @@ class Composer:
                 sources.append(rows)
             else:
                 on_base = rows is base and self._method.space == "deltas"
-                sources.append(Adapted(self._files, rows, update, on_base=on_base))
+                sources.append(self._adapted(rows, update, on_base=on_base))
         return sources
+
+    def _adapted(self, rows: Source, update: Update, *, on_base: bool) -> Source:
+        """The source that does what an adapter asks for."""
+        change: Change
+        match update:
+            case Factors():
+                change = Product(self._files, [update])
+            case Addition():
+                change = Scaled(self._files, update)
+            case Dora() | Replacement():
+                raise TypeError(f"no source does this yet: {update}")
+        return Adapted(rows, change, on_base=on_base)
 
     def _stored(self, model: Model, name: str) -> Extent:
         """The model's own tensor; the donor's for buffers that only the donor stores."""

@@ -116,7 +116,7 @@ def _ranks(inputs: Inputs) -> int:
     """The sum of the adapters' ranks, each taken as its first tensor's."""
     adapters = [model.adapter for model in inputs.models if model.adapter]
     firsts = [next(iter(adapter.updates.values())) for adapter in adapters]
-    return sum(pair.rank for first in firsts for pair in first.factors())
+    return sum(first.rank for first in firsts)
 
 
 def _scaled_base(recipe: Recipe, inputs: Inputs) -> list[str]:

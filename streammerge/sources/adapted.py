@@ -1,67 +1,112 @@
-"""A model with an adapter applied: base rows plus what the adapter adds."""
+"""A model with an adapter applied: its own rows plus what the adapter changes about them."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 
 from streammerge.arrays import Rows
 from streammerge.memory import Scratch
-from streammerge.sources.low_rank import Product
-from streammerge.storage.bytesource import Files
-from streammerge.words import Adapter, Source, TensorSpec, Terms, Tile
+from streammerge.words import Factors, Source, TensorSpec, Terms, Tile
+
+
+class Change(Protocol):
+    """What an adapter adds to a tensor, tile by tile: a product, a stored tensor, ..."""
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it depends on the rows that it is added to."""
+        ...
+
+    @property
+    def factors(self) -> tuple[Factors, ...]:
+        """The products that it is the sum of; empty where it is no such sum."""
+        ...
+
+    @property
+    def resident_bytes(self) -> int: ...
+
+    @property
+    def once_bytes(self) -> int: ...
+
+    def rows(self, tile: Tile, own: Rows | None, out: Rows, scratch: Scratch) -> None:
+        """The change of a tile, exactly: never the changed rows less the rows."""
+        ...
+
+    def read_bytes(self, tile: Tile) -> int:
+        """How many bytes of files `rows` reads, what is read once not counted."""
+        ...
+
+    def scratch_bytes(self, tile: Tile) -> int: ...
+
+    def release(self) -> None: ...
 
 
 class Adapted:
-    """`rows + update`, where the update is low-rank.
+    """`rows + change`.
 
-    Where `rows` is the merge's own base, the delta is the update itself: (base + delta) - base
+    Where `rows` is the merge's own base, the delta is the change itself: (base + delta) - base
     would lose what the base's magnitude rounds away.
     """
 
-    def __init__(self, files: Files, rows: Source, adapter: Adapter, *, on_base: bool) -> None:
+    def __init__(self, rows: Source, change: Change, *, on_base: bool) -> None:
         self._rows = rows
-        self._factors = adapter.factors()
-        self._product = Product(files, self._factors)
-        self.needs_base = not on_base
+        self._change = change
+        self._on_base = on_base
 
     @property
     def spec(self) -> TensorSpec:
         return self._rows.spec
 
     @property
+    def needs_base(self) -> bool:
+        return not self._on_base or self._change.needs_rows
+
+    @property
     def resident_bytes(self) -> int:
-        return self._product.resident_bytes + self._rows.resident_bytes
+        return self._change.resident_bytes + self._rows.resident_bytes
 
     @property
     def once_bytes(self) -> int:
-        return self._product.right_bytes + self._rows.once_bytes
+        return self._change.once_bytes + self._rows.once_bytes
 
     def read(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
-        self._product.rows(tile, out, scratch)
-        rows = scratch.array("adapted", out.shape, np.float32)
-        self._rows.read(tile, rows, scratch)
-        np.add(out, rows, out=out)
+        own = self._read_own(tile, scratch)
+        self._change.rows(tile, own, out, scratch)
+        np.add(out, own, out=out)
 
     def delta(self, tile: Tile, base_rows: Rows | None, out: Rows, scratch: Scratch) -> None:
-        self._product.rows(tile, out, scratch)
-        if self.needs_base:
-            difference = scratch.array("adapted", out.shape, np.float32)
-            self._rows.delta(tile, base_rows, difference, scratch)
-            np.add(out, difference, out=out)
+        if self._on_base:
+            self._change.rows(tile, base_rows, out, scratch)
+            return
+        assert base_rows is not None, "its delta needs the base's rows"
+        own = self._read_own(tile, scratch)
+        self._change.rows(tile, own, out, scratch)
+        np.subtract(own, base_rows, out=own)
+        np.add(out, own, out=out)
+
+    def _read_own(self, tile: Tile, scratch: Scratch) -> Rows:
+        own: Rows = scratch.array("adapted", tile.shape(self.spec), np.float32)
+        self._rows.read(tile, own, scratch)
+        return own
 
     def terms(self) -> Terms:
+        """Rows and products, where the change is nothing else."""
+        if not self._change.factors:
+            return Terms(self)
         below = self._rows.terms()
-        return Terms(below.rows, below.factors + self._factors)
+        return Terms(below.rows, below.factors + self._change.factors)
 
     def read_bytes(self, tile: Tile) -> int:
-        rows = self._rows.read_bytes(tile) if self.needs_base else 0
-        return self._product.read_bytes(tile) + rows
+        rows = 0 if self._on_base else self._rows.read_bytes(tile)
+        return self._change.read_bytes(tile) + rows
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows, cols = tile.shape(self.spec)
         adapted = self._rows.scratch_bytes(tile) + 4 * rows * cols
-        return self._product.scratch_bytes(tile) + adapted
+        return self._change.scratch_bytes(tile) + adapted
 
     def release(self) -> None:
-        self._product.release()
+        self._change.release()
         self._rows.release()

@@ -29,30 +29,30 @@ class Product:
     left ones only the rows of the tile are read.
     """
 
+    needs_rows = False
+
     def __init__(
         self, files: Files, factors: Sequence[Factors], weights: Sequence[float] | None = None
     ) -> None:
         self._files = files
-        self._factors = tuple(factors)
-        self._weights = tuple(weights or (1.0,) * len(self._factors))
-        self._rank = sum(pair.rank for pair in self._factors)
-        self._cols = self._factors[0].right.cols
+        self.factors = tuple(factors)
+        self._weights = tuple(weights or (1.0,) * len(self.factors))
+        self._rank = sum(pair.rank for pair in self.factors)
+        self._cols = self.factors[0].right.cols
         self._lock = threading.Lock()
         self._right: Rows | None = None
         self._grams: list[NDArray[np.float64]] = []
 
     @property
     def resident_bytes(self) -> int:
-        widest = max(
-            _stored_bytes(pair.right) + 4 * _elements(pair.right) for pair in self._factors
-        )
+        widest = max(_stored_bytes(pair.right) + 4 * _elements(pair.right) for pair in self.factors)
         return 4 * self._rank * self._cols + widest  # the stack, and one factor while it loads
 
     def read_bytes(self, tile: Tile) -> int:
-        """Of the left factors; the right ones are counted by `right_bytes`, once per tensor."""
+        """Of the left factors; the right ones are counted by `once_bytes`, once per tensor."""
         return sum(
             pair.rank * _itemsize(pair.left) * self._rows_read(pair.left, tile)
-            for pair in self._factors
+            for pair in self.factors
         )
 
     def _rows_read(self, left: Matrix, tile: Tile) -> int:
@@ -61,17 +61,18 @@ class Product:
         return left.rows if thinned else len(range(tile.start, tile.stop, tile.row_step))
 
     @property
-    def right_bytes(self) -> int:
-        return sum(_stored_bytes(pair.right) for pair in self._factors)
+    def once_bytes(self) -> int:
+        """Of the right factors."""
+        return sum(_stored_bytes(pair.right) for pair in self.factors)
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows = len(range(tile.start, tile.stop, tile.row_step))
-        widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self._factors)
+        widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self.factors)
         thinned = 4 * self._rank * self._cols // tile.col_step if tile.col_step > 1 else 0
         return rows * (8 * self._rank + widest) + thinned
 
-    def rows(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
-        """The summed update of a tile, `[rows, cols]`."""
+    def rows(self, tile: Tile, own: Rows | None, out: Rows, scratch: Scratch) -> None:
+        """The summed update of a tile, `[rows, cols]`, whatever rows it is added to."""
         left = self._left(tile, scratch)
         self._multiply(tile, left, out)
 
@@ -81,7 +82,7 @@ class Product:
         left = self._left(tile, scratch)
         if not self._grams:
             self._grams = self._right_grams(right)
-        norms = squared_norms(left, self._grams, [pair.scale for pair in self._factors])
+        norms = squared_norms(left, self._grams, [pair.scale for pair in self.factors])
         self._multiply(tile, left, out)
         return norms
 
@@ -93,7 +94,7 @@ class Product:
     def _multiply(self, tile: Tile, left: Rows, out: Rows) -> None:
         """Scales `left` in place, then multiplies."""
         start = 0
-        for pair, weight in zip(self._factors, self._weights, strict=True):
+        for pair, weight in zip(self.factors, self._weights, strict=True):
             left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
             start += pair.rank
         right = self._load()
@@ -106,7 +107,7 @@ class Product:
         rows = range(tile.start, tile.stop, tile.row_step)
         left: Rows = scratch.array("left", (len(rows), self._rank), np.float32)
         start = 0
-        for pair in self._factors:
+        for pair in self.factors:
             block = left[:, start : start + pair.rank]
             self._read(pair.left, rows, block, scratch)
             start += pair.rank
@@ -118,7 +119,7 @@ class Product:
             if self._right is None:
                 right: Rows = np.empty((self._rank, self._cols), np.float32)
                 start, own = 0, Scratch()  # not the worker's: this is used once per tensor
-                for pair in self._factors:
+                for pair in self.factors:
                     block = right[start : start + pair.rank]
                     self._read(pair.right, range(pair.rank), block, own)
                     start += pair.rank
@@ -127,7 +128,7 @@ class Product:
 
     def _right_grams(self, right: Rows) -> list[NDArray[np.float64]]:
         grams, start = [], 0
-        for pair in self._factors:
+        for pair in self.factors:
             grams.append(gram(right[start : start + pair.rank]))
             start += pair.rank
         return grams

@@ -1,7 +1,7 @@
 """A merge that is a weighted sum: no tile of it needs a method's code.
 
-Whatever the models are, their terms are stored rows and low-rank products. Equal rows are read
-once and their coefficients added; all low-rank updates are one product over stacked factors.
+The terms of the models are rows of sources and low-rank products. Equal rows are read once and
+their coefficients added; all low-rank updates are one product over stacked factors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.weighted import (
     add_scaled,
-    add_scaled_difference,
     sum_of_squared_differences,
     sum_of_squares,
 )
@@ -118,17 +117,27 @@ class WeightedSum:
         if base is not None:
             norms[0] = sum_of_squares(base)
         for source, coefficient, models in self._rows:
-            rows = base
-            if rows is None or source is not self._base:
-                rows = scratch.array("rows", shape, np.float32)
-                source.read(tile, rows, scratch)
-            self._add(out, coefficient, rows, base)
-            if base is not None and models:
-                norms[[1 + model for model in models]] = sum_of_squared_differences(rows, base)
+            rows, squared = self._read(source, tile, base, scratch)
+            add_scaled(out, coefficient, rows)
+            if models:
+                norms[[1 + model for model in models]] = squared
         if self._on_deltas:
             assert base is not None
             np.add(base, out, out=out)
         return out, norms
+
+    def _read(
+        self, source: Source, tile: Tile, base: Rows | None, scratch: Scratch
+    ) -> tuple[Rows, float]:
+        """The rows that enter the sum, and the squared norm of what they change about the base."""
+        if base is not None and source is self._base:
+            return base, 0.0
+        rows: Rows = scratch.array("rows", tile.shape(self._spec), np.float32)
+        if self._on_deltas:
+            source.delta(tile, base, rows, scratch)
+            return rows, sum_of_squares(rows)
+        source.read(tile, rows, scratch)
+        return rows, float("nan") if base is None else sum_of_squared_differences(rows, base)
 
     def _read_base(self, tile: Tile, scratch: Scratch) -> Rows | None:
         if self._base is None or not self._reads_base:
@@ -136,13 +145,6 @@ class WeightedSum:
         rows: Rows = scratch.array("base", tile.shape(self._spec), np.float32)
         self._base.read(tile, rows, scratch)
         return rows
-
-    def _add(self, out: Rows, coefficient: float, rows: Rows, base: Rows | None) -> None:
-        if self._on_deltas:
-            assert base is not None
-            add_scaled_difference(out, coefficient, rows, base)
-        else:
-            add_scaled(out, coefficient, rows)
 
     def _sources(self) -> list[Source]:
         sources = [source for source, _, _ in self._rows]
@@ -155,7 +157,7 @@ class WeightedSum:
 
     @property
     def once_bytes(self) -> int:
-        product = self._product.right_bytes if self._product else 0
+        product = self._product.once_bytes if self._product else 0
         return product + sum(source.once_bytes for source in self._sources())
 
     def measure_bytes(self, tile: Tile) -> int:

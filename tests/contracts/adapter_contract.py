@@ -11,7 +11,7 @@ import pytest
 from streammerge.memory import Scratch
 from streammerge.sources.low_rank import Product
 from streammerge.storage.bytesource import Files
-from streammerge.words import Adapter, Factors, Tile
+from streammerge.words import Factors, Tile
 from tests.oracles.dense import UNIT, Exact, Single
 
 
@@ -20,7 +20,7 @@ class AdapterContract:
 
     shape: ClassVar[tuple[int, int]] = (23, 14)
 
-    def make(self, folder: Path) -> tuple[Adapter, Files]:
+    def make(self, folder: Path) -> tuple[Factors, Files]:
         """An adapter on a tensor of `shape`."""
         raise NotImplementedError
 
@@ -29,38 +29,36 @@ class AdapterContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def made(self, tmp_path: Path) -> tuple[Adapter, Files]:
+    def made(self, tmp_path: Path) -> tuple[Factors, Files]:
         return self.make(tmp_path)
 
-    def band(self, factors: tuple[Factors, ...], files: Files, tile: Tile) -> Single:
+    def band(self, factors: Factors, files: Files, tile: Tile) -> Single:
         out = np.full((tile.stop - tile.start, self.shape[1]), np.nan, np.float32)
-        Product(files, factors).rows(tile, out, Scratch())
+        Product(files, [factors]).rows(tile, None, out, Scratch())
         return out
 
-    def test_its_factors_fit_the_stored_tensor(self, made: tuple[Adapter, Files]) -> None:
-        for factors in made[0].factors():
-            assert (factors.left.rows, factors.right.cols) == self.shape
-            assert factors.left.cols == factors.right.rows == factors.rank
+    def test_its_factors_fit_the_stored_tensor(self, made: tuple[Factors, Files]) -> None:
+        factors, _ = made
+        assert (factors.left.rows, factors.right.cols) == self.shape
+        assert factors.left.cols == factors.right.rows == factors.rank
 
-    def test_the_whole_is_the_product_in_float64(self, made: tuple[Adapter, Files]) -> None:
-        adapter, files = made
-        whole = self.band(adapter.factors(), files, Tile(0, self.shape[0]))
+    def test_the_whole_is_the_product_in_float64(self, made: tuple[Factors, Files]) -> None:
+        factors, files = made
+        whole = self.band(factors, files, Tile(0, self.shape[0]))
         value, size = self.update()
-        rank = sum(factors.rank for factors in adapter.factors())
-        assert np.all(np.abs(whole - value) <= (rank + 2) * UNIT * size)
+        assert np.all(np.abs(whole - value) <= (factors.rank + 2) * UNIT * size)
 
     @pytest.mark.parametrize("step", [1, 4, 22])
-    def test_tiles_stacked_are_the_whole(self, made: tuple[Adapter, Files], step: int) -> None:
-        adapter, files = made
+    def test_tiles_stacked_are_the_whole(self, made: tuple[Factors, Files], step: int) -> None:
+        factors, files = made
         rows = self.shape[0]
         tiles = [Tile(i, min(i + step, rows)) for i in range(0, rows, step)]
-        stacked = np.concatenate([self.band(adapter.factors(), files, tile) for tile in tiles])
+        stacked = np.concatenate([self.band(factors, files, tile) for tile in tiles])
         value, size = self.update()
-        rank = sum(factors.rank for factors in adapter.factors())
-        assert np.all(np.abs(stacked - value) <= (rank + 2) * UNIT * size)
+        assert np.all(np.abs(stacked - value) <= (factors.rank + 2) * UNIT * size)
 
-    def test_a_tile_twice_is_the_same_bits(self, made: tuple[Adapter, Files]) -> None:
-        adapter, files = made
+    def test_a_tile_twice_is_the_same_bits(self, made: tuple[Factors, Files]) -> None:
+        factors, files = made
         tile = Tile(5, 17)
-        first = self.band(adapter.factors(), files, tile)
-        assert self.band(adapter.factors(), files, tile).tobytes() == first.tobytes()
+        first = self.band(factors, files, tile)
+        assert self.band(factors, files, tile).tobytes() == first.tobytes()

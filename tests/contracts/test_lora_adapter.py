@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from streammerge.adapters.lora import LoraAdapter
+from streammerge.adapters.lora import low_rank
 from streammerge.storage.bytesource import Files
-from streammerge.words import Adapter
+from streammerge.words import Factors
 from tests.contracts.adapter_contract import AdapterContract
 from tests.contracts.small_inputs import decode
 from tests.contracts.source_contract import open_files, random_tensor, write_odd
@@ -22,7 +22,7 @@ class LoraContract(AdapterContract):
     rank: ClassVar[int]
     scale: ClassVar[float]
 
-    def make(self, folder: Path) -> tuple[Adapter, Files]:
+    def make(self, folder: Path) -> tuple[Factors, Files]:
         rows, cols = self.shape[::-1] if self.transposed else self.shape
         a = random_tensor(self.rank, cols, self.dtype, 1)
         b = random_tensor(rows, self.rank, self.dtype, 2)
@@ -30,9 +30,7 @@ class LoraContract(AdapterContract):
         path = folder / "adapter_model.safetensors"
         extents = write_odd(path, {"a": a, "b": b})
         ends = extents["a"], extents["b"]
-        return LoraAdapter("w", "w", self.scale, *ends, transposed=self.transposed), open_files(
-            path
-        )
+        return low_rank(*ends, self.scale, transposed=self.transposed), open_files(path)
 
     def update(self) -> tuple[Exact, Exact]:
         value = self.scale * (self._b @ self._a)

@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 
-from streammerge.adapters.lora import LoraAdapter
+from streammerge.adapters.lora import low_rank
 from streammerge.methods import CATALOGUE
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.applied import Applied
 from streammerge.sources.dense import Dense
+from streammerge.sources.low_rank import Product
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.header import read_header
@@ -50,15 +51,14 @@ class Table:
         self.base = Dense(self.files, extents[0][NAME])
         self.tuned = Dense(self.files, extents[1][NAME])
         updates = [
-            LoraAdapter(
-                NAME, "up", scale, found[f"{PREFIX}lora_A.weight"], found[f"{PREFIX}lora_B.weight"]
-            )
+            low_rank(found[f"{PREFIX}lora_A.weight"], found[f"{PREFIX}lora_B.weight"], scale)
             for scale, found in ((0.5, extents[2]), (-1.0, extents[3]))
         ]
+        products = [Product(self.files, [update]) for update in updates]
         self.models: list[Source] = [
             self.tuned,
-            Adapted(self.files, self.base, updates[0], on_base=True),
-            Adapted(self.files, self.tuned, updates[1], on_base=False),
+            Adapted(self.base, products[0], on_base=True),
+            Adapted(self.tuned, products[1], on_base=False),
         ]
 
     @property

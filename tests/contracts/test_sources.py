@@ -8,12 +8,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from streammerge.adapters.lora import LoraAdapter
+from streammerge.adapters.lora import low_rank
 from streammerge.memory import Scratch
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.dense import Dense
+from streammerge.sources.low_rank import Product
+from streammerge.sources.scaled import Scaled
 from streammerge.storage.bytesource import Files, Io
-from streammerge.words import Source, Tile
+from streammerge.words import Addition, Source, Terms, Tile
 from tests.contracts.small_inputs import decode, encode
 from tests.contracts.source_contract import (
     SourceContract,
@@ -94,11 +96,9 @@ class AdaptedContract(SourceContract):
         extents = write_odd(paths[0], {NAME: own})
         factors = write_odd(paths[1], {"a": a, "b": b})
         files = open_files(*paths, io=io)
-        adapter = LoraAdapter(
-            NAME, "up", self.scale, factors["a"], factors["b"], transposed=self.transposed
-        )
+        update = low_rank(factors["a"], factors["b"], self.scale, transposed=self.transposed)
         rows_of = Dense(files, extents[NAME])
-        return Adapted(files, rows_of, adapter, on_base=self.on_base), files
+        return Adapted(rows_of, Product(files, [update]), on_base=self.on_base), files
 
     def values(self) -> tuple[Exact, Exact]:
         return self._own + self._product, (self._own - self.base) + self._product
@@ -151,6 +151,47 @@ class TestAdaptedOnAnotherModelTransposed(AdaptedContract):
     on_base = False
     transposed = True
     rank = 5
+
+
+class ScaledContract(SourceContract):
+    """A stored tensor times a number, on the base or on another model."""
+
+    exact = True
+    scale: ClassVar[float] = -0.7
+    on_base: ClassVar[bool]
+
+    def make(self, folder: Path, io: Io, rows: int, cols: int) -> tuple[Source, Files]:
+        base = random_tensor(rows, cols, "BF16", 0)
+        own = base if self.on_base else random_tensor(rows, cols, "BF16", 1)
+        added = random_tensor(rows, cols, "F16", 2)
+        self.base, self._own, self._added = decode(base), decode(own), decode(added)
+        paths = folder / "own.safetensors", folder / "adapter.safetensors"
+        rows_of = write_odd(paths[0], {NAME: own})[NAME]
+        addition = Addition(self.scale, write_odd(paths[1], {"bias": added})["bias"])
+        files = open_files(*paths, io=io)
+        change = Scaled(files, addition)
+        return Adapted(Dense(files, rows_of), change, on_base=self.on_base), files
+
+    def values(self) -> tuple[Exact, Exact]:
+        change = self.scale * self._added
+        return self._own + change, (self._own - self.base) + change
+
+    def sizes(self) -> tuple[Exact, Exact]:
+        change = np.abs(self.scale * self._added)
+        return np.abs(self._own) + change, np.abs(self._own - self.base) + change
+
+    def test_it_is_no_product(self, tmp_path: Path) -> None:
+        source, _ = self.make(tmp_path, "read", self.rows, self.cols)
+        assert source.terms() == Terms(source)
+        assert source.needs_base is not self.on_base
+
+
+class TestScaledOnTheBase(ScaledContract):
+    on_base = True
+
+
+class TestScaledOnAnotherModel(ScaledContract):
+    on_base = False
 
 
 def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:

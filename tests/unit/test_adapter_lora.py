@@ -8,7 +8,7 @@ from adapter_files import base_of, lora
 from streammerge.adapters.config import LoraConfig, Patterns
 from streammerge.adapters.faults import Findings
 from streammerge.adapters.keys import Pair, sort_tensors
-from streammerge.adapters.lora import LoraAdapter, Orientation, fits
+from streammerge.adapters.lora import Orientation, fits, low_rank
 from streammerge.errors import Problems
 from streammerge.words import DType, Extent
 
@@ -141,10 +141,10 @@ def test_all_that_is_wrong_with_a_pair_is_said() -> None:
 
 def test_factors_have_the_shape_of_the_stored_tensor() -> None:
     pair = pair_of("q", 6, 4)
-    (plain,) = LoraAdapter("q.weight", "q", 0.5, pair.a, pair.b).factors()
+    plain = low_rank(pair.a, pair.b, 0.5)
     assert (plain.left.extent, plain.right.extent) == (pair.b, pair.a)
     assert (plain.left.rows, plain.rank, plain.right.rows, plain.right.cols) == (6, 2, 2, 4)
-    (turned,) = LoraAdapter("q.weight", "q", 0.5, pair.a, pair.b, transposed=True).factors()
+    turned = low_rank(pair.a, pair.b, 0.5, transposed=True)
     assert (turned.left.extent, turned.right.extent) == (pair.a, pair.b)
     assert (turned.left.rows, turned.rank, turned.right.rows, turned.right.cols) == (4, 2, 2, 6)
     assert plain.scale == turned.scale == 0.5

@@ -10,7 +10,7 @@ from adapter_files import PREFIX, adapter, base_of, lora
 
 from streammerge.adapters import resolve_adapter
 from streammerge.errors import BadInput, Refused, StreammergeError
-from streammerge.words import DType
+from streammerge.words import DType, Factors
 
 ATTENTION = "model.layers.0.self_attn"
 BASE = base_of(
@@ -30,9 +30,11 @@ def test_updates_come_in_the_order_of_the_base(tmp_path: Path) -> None:
     q, v = f"{ATTENTION}.q_proj", f"{ATTENTION}.v_proj"
     assert list(resolved.updates) == [f"{v}.weight", f"{q}.weight"]
     update = resolved.updates[f"{v}.weight"]
-    assert (update.tensor, update.module) == (f"{v}.weight", v)
-    assert (update.scale, update.transposed) == (2.0, False)
-    assert update.a.path == str(tmp_path / "adapter_model.safetensors")
+    assert isinstance(update, Factors)
+    assert (update.scale, update.left.transposed) == (2.0, False)
+    names = [side.extent.spec.name for side in (update.left, update.right)]
+    assert names == [f"{PREFIX}{v}.lora_B.weight", f"{PREFIX}{v}.lora_A.weight"]
+    assert update.left.extent.path == str(tmp_path / "adapter_model.safetensors")
     assert resolved.notes == ()
 
 
@@ -138,7 +140,7 @@ def test_another_base_in_the_config_is_one_line(
 def test_alpha_zero_is_a_value_and_is_said(tmp_path: Path) -> None:
     folder = adapter(tmp_path, SHAPES, alpha_pattern={"q_proj": 0})
     resolved = resolve_adapter(folder, BASE, UNTIED)
-    assert [update.scale for update in resolved.updates.values()] == [2.0, 0.0]
+    assert [update.scale for update in resolved.updates.values()] == [2.0, 0.0]  # type: ignore[union-attr]
     assert resolved.notes == ("alpha is 0 for 1 of its 2 tensors: these stay unchanged",)
 
 

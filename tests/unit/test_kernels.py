@@ -18,7 +18,6 @@ from streammerge.kernels.product import gram, squared_norms
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, count_and_collect, keys
 from streammerge.kernels.weighted import (
     add_scaled,
-    add_scaled_difference,
     sum_of_squared_differences,
     sum_of_squares,
 )
@@ -322,13 +321,6 @@ def test_add_scaled_is_one_rounding_each(pair: tuple[Single, Single]) -> None:
     expected = out + np.float32(factor) * rows
     add_scaled(out, factor, rows)
     assert out.tobytes() == expected.tobytes()
-
-
-def test_add_scaled_difference_is_one_rounding_each(pair: tuple[Single, Single]) -> None:
-    rows, base = pair
-    out = np.ones_like(rows)
-    add_scaled_difference(out, -0.1, rows, base)
-    assert out.tobytes() == (np.float32(1) + np.float32(-0.1) * (rows - base)).tobytes()
 
 
 def test_norms(pair: tuple[Single, Single]) -> None:
