@@ -1,13 +1,14 @@
 """Adapters: from a folder that PEFT saved to updates of the base's tensors."""
 
 from streammerge.adapters.config import LoraConfig
-from streammerge.adapters.folder import AdapterFolder, open_adapter
+from streammerge.adapters.folder import AdapterFolder, find_adapter, open_adapter
 from streammerge.adapters.resolve import ResolvedAdapter, resolve_adapter
 
 __all__ = [
     "AdapterFolder",
     "LoraConfig",
     "ResolvedAdapter",
+    "find_adapter",
     "open_adapter",
     "resolve_adapter",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from streammerge.adapters.config import LoraConfig, read_config
 from streammerge.adapters.faults import listed
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
+from streammerge.storage.folder import CONFIG as MODEL_CONFIG
 from streammerge.storage.header import Header, read_header
 from streammerge.storage.smallfile import unreadable
 
@@ -37,20 +39,46 @@ class AdapterFolder:
 def open_adapter(path: Path, name: str) -> AdapterFolder:
     """Open an adapter's folder: its config and the header of its tensors, no tensor byte.
 
-    `name` is what the recipe calls it. Raises InputMissing when the folder or one of its two files
-    is not there, BadInput when it is no LoRA adapter, asks for more than plain LoRA or is damaged,
-    and Refused when several things are wrong.
+    `name` is what the recipe calls it. Where the folder is the parent of one adapter, as trainers
+    and PEFT's named adapters leave it, that one is opened. Raises InputMissing when the folder or
+    one of its two files is not there, BadInput when it is no LoRA adapter, asks for more than can
+    be merged or is damaged, and Refused when several things are wrong.
     """
+    given, path = path, find_adapter(path)
     held = _names_in(path)
-    if CONFIG not in held:
-        raise _no_config(path, held)
     problems = Problems()
     config = read_config(path / CONFIG, problems)
     header = _read_weights(path, held, problems)
     problems.raise_any()
     assert config is not None and header is not None  # else there was a problem
-    notes = tuple(note for field, note in _TRAINING_ONLY.items() if field in config.ignored)
-    return AdapterFolder(path, name, header, config, notes)
+    notes = [note for field, note in _TRAINING_ONLY.items() if field in config.ignored]
+    if path != given:
+        notes.insert(0, f"found in {path.relative_to(given)}/ of the folder that is named")
+    return AdapterFolder(path, name, header, config, tuple(notes))
+
+
+def find_adapter(path: Path) -> Path:
+    """The folder that holds the adapter: the given one, else the only one up to two levels down.
+
+    Raises InputMissing or BadInput when there is none, or when there are several to choose from.
+    """
+    held = _names_in(path)
+    if CONFIG in held:
+        return path
+    inner = [] if MODEL_CONFIG in held else list(_adapters_below(path, held))
+    if len(inner) != 1:
+        raise _no_config(path, held, inner)
+    return path / inner[0]
+
+
+def _adapters_below(path: Path, held: list[str], levels: int = 2) -> Iterator[str]:
+    """Names of folders with an adapter's config, relative to `path`; none within another one."""
+    for name in held:
+        if os.path.isfile(path / name / CONFIG):
+            yield name
+        elif levels > 1 and not name.startswith(".") and os.path.isdir(path / name):
+            further = _adapters_below(path / name, _names_in(path / name), levels - 1)
+            yield from (f"{name}/{below}" for below in further)
 
 
 def _read_weights(path: Path, held: list[str], problems: Problems) -> Header | None:
@@ -90,22 +118,21 @@ def _by_number(name: str) -> tuple[str, int]:
     return (stem, int(number)) if number.isdecimal() else (name, 0)
 
 
-def _no_config(path: Path, held: list[str]) -> StreammergeError:
-    """Why there is no adapter here: it is a level further down, a full model, or incomplete."""
-    inner = [name for name in held if os.path.isfile(path / name / CONFIG)]
+def _no_config(path: Path, held: list[str], inner: list[str]) -> StreammergeError:
+    """Why there is no adapter here: there are several below, a full model, or it is incomplete."""
     if inner:
         return InputMissing(
-            "this folder is no adapter, but holds some",
+            "this folder is no adapter, but holds several",
             where=str(path),
             found=listed([f"{name}/" for name in inner]),
-            expected=f"{CONFIG} and {WEIGHTS} in the folder itself",
+            expected=f"{CONFIG} and {WEIGHTS} in the folder itself, or in one folder below it",
             remedy=f"name one of them, such as {path / inner[-1]}",
         )
-    if "config.json" in held:
+    if MODEL_CONFIG in held:
         return BadInput(
             "this is a full model, not an adapter",
             where=str(path),
-            found="config.json",
+            found=MODEL_CONFIG,
             expected=f"{CONFIG} and {WEIGHTS}",
             remedy="list it under `models`",
         )

@@ -1,24 +1,22 @@
-"""Which tensor of the base each module of an adapter means, where the names differ a little.
+"""Which tensor of the base each tensor of an adapter means, where the names differ a little.
 
 An adapter that was trained on the body of a model, under an older transformers, or on the text
 half of a vision-language model carries names whose leading parts differ from the base's. One
-change of leading parts, the same for all modules, is tried, and taken only if every module then
-names exactly one tensor: half an adapter is worse than none.
+change of leading parts, the same for all names, is tried, and taken only if every name then is
+that of exactly one tensor: half an adapter is worse than none.
 """
 
 from __future__ import annotations
 
 import difflib
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
 from streammerge.adapters.faults import NAMES_SHOWN, Fault, Findings
 from streammerge.storage.smallfile import show
-
-_SUFFIX: Final = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +26,18 @@ class Move:
     about: str
     prefixes: tuple[tuple[str, str], ...]
 
-    def apply(self, module: str) -> str:
-        """The module's name after the move."""
+    def apply(self, name: str) -> str:
+        """The name after the move."""
         for old, new in self.prefixes:
-            if module.startswith(old):
-                return new + module.removeprefix(old)
-        return module
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
 
 # The head stands beside the body, so a prefix that the body gains or loses is not the head's.
 _HEAD: Final = ("lm_head", "lm_head")
 AS_THEY_ARE: Final = Move("as they are", ())
 MOVES: Final = (
-    Move("without `model.`", (("model.", ""),)),
-    Move("without `transformer.`", (("transformer.", ""),)),
-    Move("without `language_model.`", (("language_model.", ""),)),
-    Move("with `model.` in front", (_HEAD, ("", "model."))),
-    Move("with `transformer.` in front", (_HEAD, ("", "transformer."))),
-    Move("with `language_model.` in front", (("", "language_model."),)),
     # transformers 4.52 drew the parts of vision-language models together under `model.`, for the
     # LLaVA family and for Qwen2-VL in different ways; files on disk mostly keep the older names.
     Move(
@@ -72,64 +64,99 @@ MOVES: Final = (
         "moved back to what Qwen2-VL was before transformers 4.52",
         (("model.visual.", "visual."), ("model.language_model.", "model.")),
     ),
+    # Qwen's omni models are stored whole, and trained without the half that speaks.
+    Move(
+        "moved as transformers 5 did for the thinker of Qwen's omni models",
+        (
+            ("thinker.model.", "model.language_model."),
+            ("thinker.lm_head", "lm_head"),
+            ("thinker.", "model."),
+        ),
+    ),
+    Move(
+        "moved back into the thinker of Qwen's omni models",
+        (
+            ("model.language_model.", "thinker.model."),
+            ("lm_head", "thinker.lm_head"),
+            ("model.visual.", "thinker.visual."),
+            ("model.audio_tower.", "thinker.audio_tower."),
+            ("", "thinker."),
+        ),
+    ),
+    # GPT-NeoX's head lies in the file under its first name.
+    Move("with the head named `embed_out`", (("lm_head", "embed_out"),)),
+    Move("with the head named `lm_head`", (("embed_out", "lm_head"),)),
 )
 
 _AMBIGUOUS: Final = Fault(
-    "modules whose names fit two sets of tensors of the base",
+    "names that fit two sets of tensors of the base",
     "names that fit one set of tensors",
     "rename the adapter's tensors so that they equal the base's",
 )
 
 
 def find_tensors(
-    modules: Sequence[str], base: Mapping[str, object], findings: Findings, named_base: str | None
+    names: Sequence[str], base: Mapping[str, object], findings: Findings, named_base: str | None
 ) -> tuple[Mapping[str, str], Move]:
-    """The base tensor of each module, and how its name was found.
+    """The base tensor of each name, and how it was found.
 
-    Modules that name no tensor are missing from the mapping and go to `findings`, with the nearest
-    names. `named_base` is the base that the adapter's config names, for the remedy.
+    Names of no tensor are missing from the mapping and go to `findings`, with the nearest ones.
+    `named_base` is the base that the adapter's config names, for the remedy.
     """
-    exact = _reach(AS_THEY_ARE, modules, base)
-    if len(exact) == len(modules):
+    exact = _reach(AS_THEY_ARE, names, base)
+    if len(exact) == len(names):
         return exact, AS_THEY_ARE
-    tried = [(_reach(move, modules, base), move) for move in MOVES]
+    tried = [(_reach(move, names, base), move) for move in moves(names, base)]
     moved = [one for one in tried if len(set(one[0].values())) == len(one[0])]  # none named twice
-    complete = [one for one in moved if len(one[0]) == len(modules)]
-    for module in modules:
-        if len({found[module] for found, _ in complete}) > 1:
+    complete = [one for one in moved if len(one[0]) == len(names)]
+    for name in names:
+        if len({found[name] for found, _ in complete}) > 1:
             for found, move in complete:
-                findings.add(_AMBIGUOUS, f"{module} -> {found[module]} ({move.about})")
+                findings.add(_AMBIGUOUS, f"{name} -> {found[name]} ({move.about})")
             break
     if complete:
         return complete[0]
     best = max([(exact, AS_THEY_ARE), *moved], key=lambda one: len(one[0]))
-    _report_missing(modules, best, base, findings, named_base)
+    _report_missing(names, best, base, findings, named_base)
     return best
 
 
-def _reach(move: Move, modules: Sequence[str], base: Mapping[str, object]) -> dict[str, str]:
-    renamed = ((module, move.apply(module) + _SUFFIX) for module in modules)
-    return {module: tensor for module, tensor in renamed if tensor in base}
+def moves(names: Iterable[str], base: Iterable[str]) -> Iterator[Move]:
+    """A leading part less, a leading part of the base's more, and what transformers moved."""
+    for part in _leading_parts(names):
+        yield Move(f"without `{part}`", ((part, ""),))
+    for part in _leading_parts(base):
+        yield Move(f"with `{part}` in front", (_HEAD, ("", part)))
+    yield from MOVES
+
+
+def _leading_parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name))
+
+
+def _reach(move: Move, names: Sequence[str], base: Mapping[str, object]) -> dict[str, str]:
+    renamed = ((name, move.apply(name)) for name in names)
+    return {name: tensor for name, tensor in renamed if tensor in base}
 
 
 def _report_missing(
-    modules: Sequence[str],
+    names: Sequence[str],
     best: tuple[Mapping[str, str], Move],
     base: Mapping[str, object],
     findings: Findings,
     named_base: str | None,
 ) -> None:
     found, move = best
-    missing = [module for module in modules if module not in found]
+    missing = [name for name in names if name not in found]
     trained_on = f"; it was trained on {show(named_base)}" if named_base else ""
     fault = Fault(
-        f"modules of the adapter that name no tensor of the base, out of {len(modules)}",
-        "one change of leading parts, the same for all modules, after which each names one tensor",
+        f"names in the adapter that name no tensor of the base, out of {len(names)}",
+        "one change of leading parts, the same for all names, after which each is a tensor's",
         f"check that the adapter belongs to this base{trained_on}",
     )
-    for place, module in enumerate(missing):
-        near = nearest(move.apply(module) + _SUFFIX, base) if place < NAMES_SHOWN else []
-        findings.add(fault, f"{module} (nearest: {', '.join(near) or 'none'})")
+    for place, name in enumerate(missing):
+        near = nearest(move.apply(name), base) if place < NAMES_SHOWN else []
+        findings.add(fault, f"{name} (nearest: {', '.join(near) or 'none'})")
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:

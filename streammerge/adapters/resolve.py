@@ -46,10 +46,11 @@ def resolve_adapter(
     findings = Findings(folder.header.path)
     contents = sort_tensors(folder.header.tensors, findings)
     pairs = list(_own_weights(contents.pairs, base, base_config, findings))
-    modules = [pair.module for pair in pairs]
+    names = [f"{pair.module}.weight" for pair in pairs]
     named_base = folder.config.base_model_name_or_path
-    tensors, move = find_tensors(modules, base, findings, named_base)
-    targets = [(pair, base[tensors[pair.module]]) for pair in pairs if pair.module in tensors]
+    tensors, move = find_tensors(names, base, findings, named_base)
+    named = zip(pairs, names, strict=True)
+    targets = [(pair, base[tensors[name]]) for pair, name in named if name in tensors]
     sound = [one for one in targets if fits(*one, folder.config, findings)]
     _raise_any(findings, folder, bool(pairs))
     updates = _updates(folder, sound, Orientation(sound, base_config, folder.config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapter_files import lora, write_config, write_weights
+from adapter_files import adapter, lora, write_config, write_weights
 
 from streammerge.adapters import open_adapter
 from streammerge.errors import BadInput, InputMissing, Refused, StreammergeError
@@ -62,6 +62,37 @@ def test_a_trainers_folder_names_its_checkpoints_and_the_latest(tmp_path: Path) 
     assert isinstance(problem, InputMissing)
     assert "".join(str(problem.found).split()) == "checkpoint-90/checkpoint-500/checkpoint-1000/"
     assert str(problem.remedy).endswith(str(tmp_path / "checkpoint-1000"))
+
+
+@pytest.mark.parametrize("inner", ["checkpoint-500", "math", "checkpoint-500/math"])
+def test_the_only_adapter_below_is_found(tmp_path: Path, inner: str) -> None:
+    """A trainer's last checkpoint, an adapter that PEFT saved under its name, and both."""
+    adapter(tmp_path / inner, SHAPES)
+    (tmp_path / "runs" / "events").mkdir(parents=True)
+    opened = open_adapter(tmp_path, "it")
+    assert opened.path == tmp_path / inner
+    assert opened.notes == (f"found in {inner}/ of the folder that is named",)
+    assert open_adapter(tmp_path / inner, "it").notes == ()
+
+
+def test_an_adapter_beside_its_checkpoints_is_the_one_that_is_meant(tmp_path: Path) -> None:
+    adapter(tmp_path, SHAPES)
+    write_config(tmp_path / "checkpoint-500")
+    assert open_adapter(tmp_path, "it").path == tmp_path
+
+
+def test_an_adapter_below_a_full_model_is_not_guessed(tmp_path: Path) -> None:
+    adapter(tmp_path / "lora", SHAPES)
+    (tmp_path / "config.json").write_text("{}")
+    assert "this is a full model" in str(refusal(tmp_path))
+
+
+def test_several_named_adapters_are_listed(tmp_path: Path) -> None:
+    adapter(tmp_path / "math", SHAPES)
+    adapter(tmp_path / "code", SHAPES)
+    problem = refusal(tmp_path)
+    assert isinstance(problem, InputMissing)
+    assert "".join(str(problem.found).split()) == "code/math/"
 
 
 def test_a_full_model_is_sent_to_models(tmp_path: Path) -> None:

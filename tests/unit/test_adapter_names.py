@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.adapters.faults import Findings
-from streammerge.adapters.names import AS_THEY_ARE, MOVES, Move, find_tensors, nearest
+from streammerge.adapters.names import AS_THEY_ARE, MOVES, Move, find_tensors, moves, nearest
 from streammerge.errors import Problems
 
 LLAMA = [
@@ -27,7 +27,7 @@ def find(
     modules: Sequence[str], base: Iterable[str], named_base: str | None = None
 ) -> tuple[Mapping[str, str], Move, str]:
     findings, problems = Findings("adapter_model.safetensors"), Problems()
-    found, move = find_tensors(modules, dict.fromkeys(base), findings, named_base)
+    found, move = find_tensors(weights(modules), dict.fromkeys(base), findings, named_base)
     findings.report(problems)
     return found, move, "\n".join(map(str, problems))
 
@@ -36,7 +36,7 @@ def test_names_as_they_are() -> None:
     base = weights([*LLAMA, "lm_head", "model.norm"])
     found, move, problems = find(LLAMA, base)
     assert (move, problems) == (AS_THEY_ARE, "")
-    assert found == dict(zip(LLAMA, weights(LLAMA), strict=True))
+    assert found == {name: name for name in weights(LLAMA)}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ def test_names_as_they_are() -> None:
         # the LLaVA family: what transformers trained, what lies on disk, and back
         ("model.language_model.layers.0.q", "language_model.model.layers.0.q"),
         ("language_model.model.layers.0.q", "model.language_model.layers.0.q"),
+        ("encoder.layer.0.attention.q", "bert.encoder.layer.0.attention.q"),
         # Qwen2-VL
         ("model.language_model.layers.0.q", "model.layers.0.q"),
         ("model.layers.0.q", "model.language_model.layers.0.q"),
@@ -59,8 +60,8 @@ def test_names_as_they_are() -> None:
 def test_one_change_of_leading_parts(module: str, tensor: str) -> None:
     found, move, problems = find([module], weights([tensor, "lm_head"]))
     assert problems == ""
-    assert found == {module: f"{tensor}.weight"}
-    assert move in MOVES
+    assert found == {f"{module}.weight": f"{tensor}.weight"}
+    assert move is not AS_THEY_ARE
 
 
 @pytest.mark.parametrize(
@@ -88,12 +89,22 @@ def test_one_change_of_leading_parts(module: str, tensor: str) -> None:
             ["model.language_model.layers.0.q", "model.visual.blocks.0.attn.qkv"],
             ["model.layers.0.q", "visual.blocks.0.attn.qkv"],
         ),
+        (
+            ["model.language_model.layers.0.q", "model.audio_tower.x", "lm_head"],
+            ["thinker.model.layers.0.q", "thinker.audio_tower.x", "thinker.lm_head"],
+        ),
+        (
+            ["thinker.model.layers.0.q", "thinker.visual.x", "thinker.lm_head"],
+            ["model.language_model.layers.0.q", "model.visual.x", "lm_head"],
+        ),
+        (["model.layers.0.q", "lm_head"], ["thinker.model.layers.0.q", "thinker.lm_head"]),
+        (["gpt_neox.layers.0.q", "lm_head"], ["gpt_neox.layers.0.q", "embed_out"]),
     ],
 )
 def test_head_and_vision_tower_move_their_own_way(modules: list[str], tensors: list[str]) -> None:
     found, _, problems = find(modules, weights(tensors))
     assert problems == ""
-    assert found == dict(zip(modules, weights(tensors), strict=True))
+    assert found == dict(zip(weights(modules), weights(tensors), strict=True))
 
 
 def test_a_change_for_some_modules_only_is_refused() -> None:
@@ -102,15 +113,15 @@ def test_a_change_for_some_modules_only_is_refused() -> None:
     found, _, problems = find(LLAMA[:3], base)
     assert "name no tensor of the base, out of 3 (1 found)" in problems
     assert LLAMA[2] in problems
-    assert LLAMA[2] not in found
+    assert f"{LLAMA[2]}.weight" not in found
 
 
 def test_names_that_fit_two_ways_are_refused() -> None:
     base = weights(["model.layers.0.q", "transformer.layers.0.q"])
     _, _, problems = find(["layers.0.q"], base)
     assert "fit two sets of tensors" in problems
-    assert "layers.0.q -> model.layers.0.q.weight (with `model.` in front)" in problems
-    assert "layers.0.q -> transformer.layers.0.q.weight" in problems
+    assert "layers.0.q.weight -> model.layers.0.q.weight (with `model.` in front)" in problems
+    assert "layers.0.q.weight -> transformer.layers.0.q.weight" in problems
 
 
 def test_two_modules_are_never_taken_for_one_tensor() -> None:
@@ -148,7 +159,11 @@ PARTS = st.lists(st.sampled_from(["model", "layers", "0", "1", "q_proj", "lm_hea
 NAMES = st.lists(PARTS.map(".".join), min_size=1, max_size=6, unique=True)
 
 
-@given(base=NAMES, modules=NAMES, move=st.sampled_from([AS_THEY_ARE, *MOVES]))
+@given(
+    base=NAMES,
+    modules=NAMES,
+    move=st.sampled_from([AS_THEY_ARE, *MOVES, *moves(["model.x"], ["layers.x"])]),
+)
 def test_every_module_finds_one_tensor_or_a_problem_is_said(
     base: list[str], modules: list[str], move: Move
 ) -> None:
@@ -156,5 +171,5 @@ def test_every_module_finds_one_tensor_or_a_problem_is_said(
     found, taken, problems = find(modules, tensors)
     assert set(found.values()) <= set(tensors)
     assert len(set(found.values())) == len(found)
-    assert all(found[module] == taken.apply(module) + ".weight" for module in found)
+    assert all(found[name] == taken.apply(name) for name in found)
     assert (len(found) == len(modules)) or problems

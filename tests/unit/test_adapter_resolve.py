@@ -68,7 +68,7 @@ def test_all_kinds_of_problems_are_said_at_once(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 3
     text = str(caught.value)
     assert "LoRA on an embedding" in text
-    assert f"model.layers.9.self_attn.q_proj (nearest: {ATTENTION}.q_proj.weight" in text
+    assert f"model.layers.9.self_attn.q_proj.weight (nearest: {ATTENTION}.q_proj.weight" in text
     assert f"{ATTENTION}.q_proj: rank 3 in the file, 2 in the config" in text
 
 
