@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,18 @@ _SAMPLE_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Everything that the output's bytes depend on, and a digest of it."""
+    """Everything that the output's bytes depend on, part by part; see `differences`."""
 
+    recipe: str  # in its portable form
     inputs: dict[str, Any]
+    grid: int  # elements of a tile
     environment: dict[str, Any]
-    fingerprint: str
+    version: str  # major and minor
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all parts."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def identify(inputs: Inputs, recipe_yaml: str) -> Identity:
@@ -44,15 +51,12 @@ def identify(inputs: Inputs, recipe_yaml: str) -> Identity:
         "models": [_model(model) for model in inputs.models],
         "donated": _donated(inputs.donor.path),
     }
-    parts = {
-        "recipe": recipe_yaml,
-        "inputs": found,
-        "grid": grid.TILE_ELEMENTS,
-        "environment": environment(),
-        "version": ".".join(__version__.split(".")[:2]),
-    }
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Identity(found, environment(), digest)
+    return Identity(recipe_yaml, found, grid.TILE_ELEMENTS, environment(), minor(__version__))
+
+
+def minor(version: str) -> str:
+    """The part of a version that says which bytes a merge gives."""
+    return ".".join(version.split(".")[:2])
 
 
 def environment() -> dict[str, Any]:
