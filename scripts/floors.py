@@ -23,7 +23,7 @@ FLOORS = (
     {"recipe", "methods", "adapters", "sources", "sinks"},
     {"planning"},
     {"scheduler", "report"},
-    {"publication"},
+    {"publication", "work"},
     {"engine"},
     {"commands"},
     {"progress"},

@@ -184,6 +184,49 @@ def methods(name: str | None, as_json: bool) -> None:
         _print(explain(name) if name else overview())
 
 
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.option("--read-data", is_flag=True, help="Read every tensor and compare its checksum.")
+@click.option(
+    "--recompute",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Derive N tiles again from the inputs and compare them byte for byte.",
+)
+@click.option(
+    "--config",
+    metavar="CONFIG",
+    help="For --recompute: the recipe whose paths lead to the inputs. Without it, the output's "
+    "own, whose names are looked for in the working directory.",
+)
+@click.option("--memory", metavar="SIZE", help="For --recompute: the most memory to use.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(
+    out: str,
+    read_data: bool,
+    recompute: int | None,
+    config: str | None,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Hold the finished output OUT to its own record, and to its inputs."""
+    if recompute is None and (config or memory):
+        raise click.UsageError("--config and --memory go with --recompute")
+    _prepare(None)
+    from pathlib import Path
+
+    from streammerge.commands.verify import describe
+    from streammerge.commands.verify import verify as hold_to_its_record
+
+    found = hold_to_its_record(Path(out), read_data=read_data)
+    if recompute is not None:
+        from streammerge.commands.recompute import recompute as derive_again
+
+        recipe = Path(config) if config else None
+        found = derive_again(found, recompute, config=recipe, memory=memory)
+    _print(json.dumps(found.as_dict()) if as_json else describe(found))
+
+
 def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
     """The recipe of a file or of the options."""
     given = [k for k in ("base", "adapters", "models", "method", "out_dtype") if options[k]]

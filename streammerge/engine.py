@@ -1,15 +1,10 @@
-"""The merge: `merge(config)` is `run(plan(config))`, and `work(item)` is what a thread does.
-
-For a tile, `work` makes four calls: the sources' reads and the method inside `merged.merge`, the
-cast, the sink's write; the receipt goes back to the one thread that keeps the record.
-"""
+"""The merge: `merge(config)` is `run(plan(config))`; what a thread does for it is in `work`."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +13,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from streammerge import events, kernels, system
-from streammerge.arrays import PerModel
-from streammerge.errors import BadInput, OutputRefused, Problems
-from streammerge.kernels.casts import narrow, not_finite
-from streammerge.memory import Scratch, default_budget
+from streammerge.errors import OutputRefused, Problems
+from streammerge.memory import default_budget
 from streammerge.methods import CATALOGUE
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import Identity, identify
@@ -29,12 +22,13 @@ from streammerge.publication import compare_buffers, is_complete, refuse_overlap
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
 from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
-from streammerge.sinks.shards import Receipt, ShardsSink
+from streammerge.sinks.shards import ShardsSink
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
 from streammerge.storage.journal import Journal
 from streammerge.storage.rundir import RunDirectory, check_output, clear_state
 from streammerge.words import MethodSpec
+from streammerge.work import Worker
 
 PROGRESS_SECONDS = 0.2
 
@@ -202,52 +196,6 @@ def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes) -> N
             changes.copied(result.tensor, item.job.source.path)
 
 
-class Worker:
-    """What the threads share: the sink, and for each its own buffers."""
-
-    def __init__(self, plan: Plan, sink: ShardsSink) -> None:
-        self._files = plan.files
-        self._names = [model.name for model in plan.inputs.models]
-        self._sink = sink
-        self._local = threading.local()
-
-    def work(self, item: Item) -> Any:
-        """Do one item; its result goes back to the scheduler and the record."""
-        if isinstance(item, Merge):
-            return self._merge(item)
-        if isinstance(item, Measure):
-            return item.job.merged.measure(item.folds, item.tile, self._scratch())
-        if isinstance(item, Finish):
-            return {name: fold.finish() for name, fold in item.folds.items()}
-        return self._copy(item)
-
-    def _merge(self, item: Merge) -> tuple[Receipt, PerModel]:
-        scratch = self._scratch()
-        rows, norms = item.job.merged.merge(item.tile, item.index, item.values, scratch)
-        _refuse_spoiled_model(item, norms, self._names)
-        target = item.job.target
-        stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
-        if narrow(rows, target.spec.dtype, stored):
-            _refuse_not_finite(item, not_finite(rows))
-        crc = self._sink.write(target, item.tile, stored)
-        name = target.spec.name
-        receipt = Receipt(name, target.path, item.index, item.pieces, stored.nbytes, crc)
-        return receipt, norms
-
-    def _copy(self, item: Copy) -> Receipt:
-        source, target = item.job.source, item.job.target
-        self._sink.copy(self._files, source, target, item.start, item.length)
-        origin = f"{Path(source.path).name} at {source.offset + item.start}"
-        place = (target.spec.name, target.path, item.index, item.pieces, item.length)
-        return Receipt(*place, crc32c=None, copied_from=origin)
-
-    def _scratch(self) -> Scratch:
-        if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch()
-        scratch: Scratch = self._local.scratch
-        return scratch
-
-
 class _Meter:
     """Reports progress a few times a second, in bytes of output measured or written."""
 
@@ -282,35 +230,3 @@ class _Meter:
                     resident_bytes=system.resident_bytes(),
                 )
             )
-
-
-def _rows_of(item: Merge) -> str:
-    return f"{item.job.target.spec.name}, rows {item.tile.start} to {item.tile.stop - 1}"
-
-
-def _refuse_spoiled_model(item: Merge, norms: PerModel, names: Sequence[str]) -> None:
-    """By its norm, which tells whose the values are where the result could not."""
-    if not np.isfinite(norms[0]):
-        return  # no base to compare with, or one that spoils the result itself
-    for model, squared in zip(item.job.models, norms[1:], strict=False):  # none in a mere cast
-        if not np.isfinite(squared):
-            raise BadInput(
-                f"{names[model]} has values that are NaN or infinite",
-                where=_rows_of(item),
-                remedy="fetch or train that model again, or leave it out",
-            )
-
-
-def _refuse_not_finite(item: Merge, in_float32: int) -> None:
-    spec, place = item.job.target.spec, _rows_of(item)
-    if in_float32:
-        raise BadInput(
-            f"the merge has {in_float32} values that are NaN or infinite",
-            where=place,
-            remedy="look for the input that holds them with `streammerge inspect`",
-        )
-    raise BadInput(
-        f"the merge has values that are too large for {spec.dtype.label}",
-        where=place,
-        remedy="choose out_dtype: bfloat16 or float32",
-    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,15 +13,22 @@ from streammerge import __version__, grid
 from streammerge.errors import BadInput, OutputRefused
 from streammerge.memory import Scratch
 from streammerge.planning import Plan
-from streammerge.planning.fingerprint import Identity
+from streammerge.planning.fingerprint import Identity, minor
 from streammerge.recipe import to_yaml
 from streammerge.report import Change, Changes
-from streammerge.sinks.companions import copy_donor_files, write_documents, write_index
+from streammerge.sinks.companions import (
+    companion_digests,
+    copy_donor_files,
+    write_documents,
+    write_index,
+    write_record,
+)
 from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.bytesource import Files
 from streammerge.storage.card import license_of, model_card
+from streammerge.storage.record import RECIPE, ChangeRecord, Record, ShardRecord, find_record
 from streammerge.storage.references import display_name
-from streammerge.storage.rundir import finished_record
+from streammerge.storage.smallfile import read_small
 from streammerge.words import Extent
 
 
@@ -46,11 +53,23 @@ def refuse_overlap(plan: Plan, out: Path) -> None:
 
 def is_complete(plan: Plan, out: Path, identity: Identity) -> bool:
     """Whether the folder holds this very merge, finished, with every shard at its size."""
-    record = finished_record(out)
-    if record is None or record.get("fingerprint") != identity.fingerprint:
+    record = find_record(out)
+    if record is None or record.fingerprint != identity.fingerprint:
         return False
     files = {layout.name: layout.size_bytes for layout in plan.layouts}
     return all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
+
+
+def recorded_identity(out: Path, record: Record) -> Identity:
+    """What a finished output was made of, by its own word."""
+    return Identity(
+        recipe=read_small(out / RECIPE).decode("utf-8", "replace"),
+        inputs=dict(record.inputs),
+        layout={name: shard.header_sha256 for name, shard in record.shards.items()},
+        grid=record.grid,
+        environment=dict(record.environment),
+        version=minor(record.streammerge),
+    )
 
 
 def compare_buffers(plan: Plan) -> None:
@@ -99,33 +118,36 @@ def write_companions(
         changed=[str(change) for change in changed],
         license=license_of(donor.path),
     )
-    record = _record(plan, identity, sink, changed)
-    write_documents(folder, card=card, recipe=recipe_yaml, record=record)
+    write_documents(folder, card=card, recipe=recipe_yaml)
+    write_record(folder, _record(plan, folder, identity, sink, changed))
 
 
 def _record(
-    plan: Plan, identity: Identity, sink: ShardsSink, changed: Sequence[Change]
-) -> dict[str, Any]:
-    """streammerge.json: what was merged, by what, and checksums of what came of it."""
-    shards = sink.shard_checksums(plan.layouts)
-    return {
-        "format": 1,
-        "streammerge": __version__,
-        "fingerprint": identity.fingerprint,
-        "method": plan.recipe.method.name,
-        "environment": identity.environment,
-        "inputs": identity.inputs,
-        "changes": [_change(change) for change in changed],
-        "shards": {
-            layout.name: {"bytes": layout.size_bytes, "crc32c": shards[layout.name]}
-            for layout in plan.layouts
-        },
-        "tensors": {name: sink.checksums[name] for name in sorted(sink.checksums)},
+    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changed: Sequence[Change]
+) -> Record:
+    """What was merged, by what, and checksums of what came of it."""
+    crcs = sink.shard_checksums(plan.layouts)
+    shards = {
+        layout.name: ShardRecord(
+            layout.size_bytes, hashlib.sha256(layout.header).hexdigest(), crcs[layout.name]
+        )
+        for layout in plan.layouts
     }
+    return Record(
+        streammerge=__version__,
+        fingerprint=identity.fingerprint,
+        method=plan.recipe.method.name,
+        grid=identity.grid,
+        environment=identity.environment,
+        inputs=identity.inputs,
+        changes=tuple(_change(change) for change in changed),
+        files=companion_digests(folder, shards),
+        shards=shards,
+        tensors={name: sink.checksums[name] for name in sorted(sink.checksums)},
+    )
 
 
-def _change(change: Change) -> dict[str, Any]:
+def _change(change: Change) -> ChangeRecord:
     # Six digits: the norms are for people, and summed with reassociation.
     relative = None if change.relative is None else float(f"{change.relative:.6g}")
-    counts = {"applied": change.applied, "total": change.total}
-    return {"model": change.name, **counts, "relative": relative}
+    return ChangeRecord(change.name, change.applied, change.total, relative)

@@ -8,9 +8,9 @@ each; then the wave of merged tiles. What is in flight is bounded by numbers of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge import grid
@@ -64,11 +64,25 @@ class Merge:
 Item = Copy | Measure | Finish | Merge
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What need not be done again of a job: pieces that are written, statistics that are known."""
+
+    pieces: Container[int] = ()
+    values: Mapping[str, StatisticValue] = field(default_factory=dict)
+
+
+NOTHING_DONE = Done()
+
+
 class Course:
     """One job on its way: which items can be submitted now, and what came of those that were."""
 
-    def __init__(self, job: Job, state_bytes: int, parts_ahead: int) -> None:
+    def __init__(
+        self, job: Job, state_bytes: int, parts_ahead: int, done: Done = NOTHING_DONE
+    ) -> None:
         self.job = job
+        self._done = done
         self._ahead = parts_ahead
         self._running = 0
         self._finishing = False
@@ -81,11 +95,12 @@ class Course:
         self._parts: dict[int, Mapping[str, Any]] = {}
         self._last: deque[Item] = deque()
         if isinstance(job, CopyJob):
-            self._last.extend(_copies(job))
+            self._last.extend(item for item in _copies(job) if item.index not in done.pieces)
         else:
             self._grid = grid.tiles(job.merged.spec)
-            self._sort(job.merged.start(state_bytes))
-            self._start_wave(job)
+            if any(index not in done.pieces for index in range(len(self._grid))):
+                self._sort({**job.merged.start(state_bytes), **done.values})
+                self._start_wave(job)
 
     @property
     def done(self) -> bool:
@@ -151,8 +166,15 @@ class Course:
             self._wave = {n: self._folds[n] for n, tiles in wants.items() if tiles == self._tiles}
             return
         pieces = len(self._grid)
-        tiles = enumerate(self._grid)
+        tiles = [(i, tile) for i, tile in enumerate(self._grid) if i not in self._done.pieces]
         self._last.extend(Merge(job, i, pieces, tile, self._values) for i, tile in tiles)
+
+
+def pieces_of(job: Job) -> int:
+    """How many tiles or ranges a job's tensor is written in."""
+    if isinstance(job, CopyJob):
+        return -(-job.source.spec.nbytes // COPY_BYTES)
+    return len(grid.tiles(job.merged.spec))
 
 
 def _copies(job: CopyJob) -> Iterator[Copy]:

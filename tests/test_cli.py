@@ -260,7 +260,7 @@ def test_an_example_of_methods_is_a_recipe(inputs: Path) -> None:
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"streammerge, version {sm.__version__}\n"
     helped = run("--help").stdout
-    for command in ("merge", "plan", "inspect", "methods"):
+    for command in ("merge", "plan", "inspect", "methods", "verify"):
         assert re.search(rf"^  {command} ", helped, re.MULTILINE)
     assert "--memory" in run("merge", "-h").stdout
 

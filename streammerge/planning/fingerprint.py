@@ -13,7 +13,7 @@ import os
 import platform
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,19 @@ _SAMPLE_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Everything that the output's bytes depend on, and a digest of it."""
+    """Everything that the output's bytes depend on, part by part; see `differences`."""
 
+    recipe: str  # in its portable form
     inputs: dict[str, Any]
+    layout: dict[str, str]  # output shard -> sha256 of its header
+    grid: int  # elements of a tile
     environment: dict[str, Any]
-    fingerprint: str
+    version: str  # major and minor
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all parts."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def identify(inputs: Inputs, layouts: Sequence[ShardLayout], recipe_yaml: str) -> Identity:
@@ -51,16 +59,14 @@ def identify(inputs: Inputs, layouts: Sequence[ShardLayout], recipe_yaml: str) -
         "models": [_model(model) for model in inputs.models],
         "donated": _donated(inputs.donor.path),
     }
-    parts = {
-        "recipe": recipe_yaml,
-        "inputs": found,
-        "layout": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
-        "grid": grid.TILE_ELEMENTS,
-        "environment": environment(),
-        "version": ".".join(__version__.split(".")[:2]),
-    }
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Identity(found, environment(), digest)
+    layout = {one.name: hashlib.sha256(one.header).hexdigest() for one in layouts}
+    version = minor(__version__)
+    return Identity(recipe_yaml, found, layout, grid.TILE_ELEMENTS, environment(), version)
+
+
+def minor(version: str) -> str:
+    """The part of a version that says which bytes a merge gives."""
+    return ".".join(version.split(".")[:2])
 
 
 def environment() -> dict[str, Any]:

@@ -5,18 +5,19 @@ None of them carries a time, host, user or absolute path: the same merge gives t
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import StorageError
 from streammerge.storage.folder import CONFIG, INDEX, donor_files, output_config
-from streammerge.storage.rundir import RECORD, write_file
+from streammerge.storage.record import RECIPE, RECORD, Record
+from streammerge.storage.rundir import write_file
 from streammerge.storage.shard import ShardLayout
 from streammerge.words import DType
 
-RECIPE = "streammerge.yaml"
 CARD = "README.md"
 
 
@@ -49,11 +50,26 @@ def write_index(folder: Path, layouts: Sequence[ShardLayout]) -> None:
     write_file(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
-def write_documents(folder: Path, *, card: str, recipe: str, record: Mapping[str, Any]) -> None:
-    """The model card, the recipe, and last the record of the merge."""
+def write_documents(folder: Path, *, card: str, recipe: str) -> None:
+    """The model card and the recipe."""
     write_file(folder / CARD, card.encode())
     write_file(folder / RECIPE, recipe.encode())
-    write_file(folder / RECORD, _json(record))
+
+
+def companion_digests(folder: Path, shards: Collection[str]) -> dict[str, str]:
+    """sha256 of every file of an output but its shards and its record, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in names.items()
+        if name not in shards and name != RECORD
+    }
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """The record of the merge, which comes last: it speaks of all other files."""
+    write_file(folder / RECORD, record.as_json())
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

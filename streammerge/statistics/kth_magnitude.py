@@ -63,7 +63,7 @@ class KthMagnitude:
         return int(bool(self.measured(knobs)))
 
     def part_bytes(self) -> int:
-        return max(4 * BINS, 12 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
+        return max(4 * BINS, 8 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
 
     def least_state_bytes(self, knobs: Knobs) -> int:
         return 8 * BINS * len(self.measured(knobs))
@@ -172,19 +172,19 @@ class Part:
     """One model's magnitudes of one tile: those inside the bracket, collected or binned."""
 
     above: int  # elements at or above the bracket
-    distinct: Keys | None  # [n], sorted
-    up_to: NDArray[np.int64] | None  # [n], how many elements are up to each; None: one of each
+    held: Keys | None  # [n], sorted
+    up_to: NDArray[np.uint32] | None  # [n], how many elements are up to each; None: each is one
     bins: NDArray[np.uint32] | None  # [BINS]
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.distinct, self.up_to, self.bins)
+        arrays = (self.held, self.up_to, self.bins)
         return sum(array.nbytes for array in arrays if array is not None)
 
     def below(self, key: int) -> int:
         """How many elements inside the bracket are under the key."""
-        assert self.distinct is not None
-        index = int(np.searchsorted(self.distinct, np.uint32(key)))
+        assert self.held is not None
+        index = int(np.searchsorted(self.held, np.uint32(key)))
         if self.up_to is None or index == 0:
             return index
         return int(self.up_to[index - 1])
@@ -193,8 +193,8 @@ class Part:
     def inside(self) -> int:
         if self.bins is not None:
             return int(self.bins.sum(dtype=np.int64))
-        assert self.distinct is not None
-        return len(self.distinct) if self.up_to is None else int(self.up_to[-1])
+        assert self.held is not None
+        return len(self.held) if self.up_to is None else int(self.up_to[-1])
 
 
 def _shift(bracket: Bracket) -> int:
@@ -217,11 +217,10 @@ def _collect(rows: NDArray[np.float32], bracket: Bracket, scratch: Scratch) -> P
         bins = np.zeros(BINS, np.uint32)
         _add_to_bins(found, bracket, bins)
         return Part(above, None, None, bins)
-    if distinct == len(found):
+    if 2 * distinct >= len(found):  # to count equals would not make it smaller
         return Part(above, found.copy(), None, None)
-    firsts = np.concatenate([[0], np.flatnonzero(steps) + 1])
-    up_to = np.append(firsts[1:], len(found)).astype(np.int64)
-    return Part(above, found[firsts], up_to, None)
+    lasts = np.append(np.flatnonzero(steps), len(found) - 1)  # of each run of equal keys
+    return Part(above, found[lasts], (lasts + 1).astype(np.uint32), None)
 
 
 class _Tally:
@@ -257,8 +256,8 @@ class _Tally:
         if part.bins is not None:
             self.bins += part.bins
             return
-        assert part.distinct is not None
-        index = (part.distinct - np.uint32(self.bracket.low)) >> np.uint32(_shift(self.bracket))
+        assert part.held is not None
+        index = (part.held - np.uint32(self.bracket.low)) >> np.uint32(_shift(self.bracket))
         counts = 1 if part.up_to is None else np.diff(part.up_to, prepend=0)
         np.add.at(self.bins, index, counts)
 

@@ -8,6 +8,7 @@ and unknown keys of an entry, any of which may mean that what is merged is not w
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -88,6 +89,7 @@ class Header:
     data_start: int  # where the byte buffer begins: 8 + the header's length
     tensors: TensorTable  # offsets counted from the start of the file
     metadata: Mapping[str, str]
+    digest: str  # sha256 of the first `data_start` bytes
 
     @property
     def header_bytes(self) -> int:
@@ -128,6 +130,7 @@ def read_header(path: Path | str) -> Header:
         data_start=data_start,
         tensors=TensorTable(where, entries, data_start),
         metadata=metadata,
+        digest=hashlib.sha256(raw).hexdigest(),
     )
 
 

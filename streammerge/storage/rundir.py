@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from streammerge.errors import OutputRefused, StorageError
+from streammerge.storage.record import RECORD, find_record
 
-RECORD = "streammerge.json"
 JOURNAL = "journal"
 _LOCK = "lock"
 _OUTPUT = "output"
-
-
-def finished_record(out: Path) -> dict[str, Any] | None:
-    """The record of a finished merge, or None where the folder holds none that can be read."""
-    try:
-        record = json.loads((out / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None  # not ours; what that means is for the caller to say
-    return record if isinstance(record, dict) else None
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -48,7 +37,7 @@ def check_output(out: Path, *, force: bool) -> None:
         )
     if not any(out.iterdir()):
         return
-    ours = finished_record(out) is not None
+    ours = find_record(out) is not None
     if ours and force:
         return
     found = "the result of another merge" if ours else f"a folder without {RECORD}"

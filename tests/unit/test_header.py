@@ -88,6 +88,13 @@ def test_the_stamp_is_the_files(file: Path) -> None:
     assert header.header_bytes == header.data_start == stat.st_size - 40
 
 
+def test_the_digest_covers_the_header_alone(file: Path, tmp_path: Path) -> None:
+    one = read_header(write_safetensors(file, {"a": ("U8", (2,), b"ab")}))
+    same = read_header(write_safetensors(tmp_path / "b", {"a": ("U8", (2,), b"xy")}))
+    other = read_header(write_safetensors(tmp_path / "c", {"b": ("U8", (2,), b"ab")}))
+    assert one.digest == same.digest != other.digest
+
+
 def test_iterates_in_file_order_whatever_the_order_of_the_header(file: Path) -> None:
     header = header_of(TENSORS)
     file.write_bytes(frame(dict(reversed(header.items())), bytes(40)))

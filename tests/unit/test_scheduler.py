@@ -351,3 +351,42 @@ def test_a_caller_that_stops_stops_the_run() -> None:
 
 def test_no_jobs_are_no_work() -> None:
     assert run([])[0] == []
+
+
+# ------------------------------------------------------------------------- what is done already
+
+
+def drive_with(done: Mapping[str, scheduler.Done], seed: int = 0) -> list[Item]:
+    """All items of JOBS in the order in which they finish."""
+    watch, pool = Watch(3), AnyOrder(seed)
+    courses = (
+        Course(job, 1 << 20, 3, done.get(job.target.spec.name, scheduler.NOTHING_DONE))
+        for job in JOBS
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "wait", pool.wait)
+        submit: Any = lambda item: pool.submit(watch.work, item)  # noqa: E731
+        return [item for item, _ in drive(courses, submit, capacity=4, window=2)]
+
+
+def test_pieces_that_are_done_are_left_out_and_all_others_done() -> None:
+    done = {"a": scheduler.Done({0, 3}), "b": scheduler.Done({1}), "d": scheduler.Done(range(7))}
+    items = drive_with(done)
+    last = [(i.job.target.spec.name, i.index) for i in items if isinstance(i, Merge | Copy)]
+    expected = {(job.target.spec.name, i) for job in JOBS for i in range(scheduler.pieces_of(job))}
+    expected -= {(name, i) for name, one in done.items() for i in range(9) if i in one.pieces}
+    assert sorted(last) == sorted(expected)
+    assert not [item for item in items if item.job is JOBS[3]], "a tensor that is done was read"
+
+
+def test_statistics_that_are_known_are_not_measured_again() -> None:
+    known = Value(["known"])
+    items = drive_with(
+        {"d": scheduler.Done({2}, {"gram": known}), "a": scheduler.Done((), {"cut": known})}
+    )
+    mine = [item for item in items if item.job is JOBS[3]]
+    assert {name for item in mine if isinstance(item, Measure) for name in item.folds} == {"cut"}
+    merges = [item for item in mine if isinstance(item, Merge)]
+    assert len(merges) == 6
+    assert all(item.values["gram"] is known for item in merges)
+    assert not [item for item in items if item.job is JOBS[0] and isinstance(item, Measure)]

@@ -1,0 +1,188 @@
+"""Is an output what its record says, and is that what its inputs give?
+
+In three depths: the structure (headers, sizes, small files); every byte of the tensors against
+their checksums; and tiles derived again from the inputs, which is `commands.recompute`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from streammerge.errors import InputMissing, Problems, StorageError, StreammergeError
+from streammerge.storage.checksum import checksum, combine
+from streammerge.storage.folder import open_model
+from streammerge.storage.header import Header, read_header
+from streammerge.storage.record import RECORD, Record, read_record
+from streammerge.storage.smallfile import bad, open_regular, pread, read_small
+from streammerge.words import Extent
+
+_T = TypeVar("_T")
+
+_CHUNK_BYTES = 4 << 20
+_RESTORE = "copy the output again from where it was made, or merge again"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was looked at; all of it is as it should be."""
+
+    out: Path
+    shards: int
+    files: int  # small ones
+    tensors: int
+    summed: int | None  # tensors whose bytes have the recorded checksum; None: not read
+    unsummed: int  # tensors that were copied unread, of which no checksum is recorded
+    derived: int | None = None  # tiles derived again from the inputs; None: not asked for
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def verify(out: Path, *, read_data: bool = False) -> Verified:
+    """Hold an output to its own record.
+
+    `read_data` reads every byte of its tensors. Raises `InputMissing` where there is no output,
+    `BadInput` for one thing that is wrong, `Refused` for several, each with its file.
+    """
+    if not out.is_dir():
+        what, remedy = "there is no such output", "name the folder of a finished merge"
+        raise InputMissing(what, where=str(out), remedy=remedy)
+    if not (out / RECORD).exists():
+        what, remedy = f"holds no {RECORD}", "name the folder of a finished merge"
+        raise bad(str(out), what, remedy=remedy)
+    record = read_record(out)
+    problems = Problems()
+    headers = _check_structure(out, record, problems)
+    summed = 0
+    if read_data:
+        for header in headers:
+            summed += _check_data(header, record, problems)
+    problems.raise_any()
+    return Verified(
+        out=out,
+        shards=len(record.shards),
+        files=len(record.files),
+        tensors=len(record.tensors),
+        summed=summed if read_data else None,
+        unsummed=sum(crc is None for crc in record.tensors.values()),
+    )
+
+
+def describe(found: Verified) -> str:
+    """The result for a person."""
+    lines = [
+        f"structure  {found.tensors} tensors in {found.shards} shard(s), "
+        f"{found.files} other files: as recorded"
+    ]
+    if found.summed is not None:
+        lines.append(f"data       {found.summed} tensors read: every checksum is right")
+        if found.unsummed:
+            lines.append(
+                f"           {found.unsummed} more were copied from an input unread and have none; "
+                "--recompute compares them with it"
+            )
+    if found.derived is not None:
+        lines.append(f"recompute  {found.derived} tiles derived again: equal byte for byte")
+    lines += [f"note       {note}" for note in found.notes]
+    return "\n".join([*lines, f"output     {found.out} is what its record says"])
+
+
+# ------------------------------------------------------------------------------------- structure
+
+
+def _check_structure(out: Path, record: Record, problems: Problems) -> list[Header]:
+    """Headers, sizes and small files against the record; returns the headers that are right."""
+    for name, digest in record.files.items():
+        _try(problems, partial(_check_file, out / name, digest))
+    found = [_try(problems, partial(_checked_header, out / n, record)) for n in record.shards]
+    headers = [header for header in found if header is not None]
+    if len(headers) == len(record.shards):
+        _try(problems, lambda: open_model(out))  # whether index and shards agree
+        _check_names(out, record, headers, problems)
+    return headers
+
+
+def _try(problems: Problems, action: Callable[[], _T]) -> _T | None:
+    try:
+        return action()
+    except InputMissing as error:  # a part of the output is not there: the output is damaged
+        found = error.found or "nothing"
+        problems.add(bad(str(error.where), "is missing", found, remedy=_RESTORE))
+    except StreammergeError as error:
+        problems.add(error)
+    return None
+
+
+def _check_file(path: Path, digest: str) -> None:
+    found = hashlib.sha256(read_small(path)).hexdigest()
+    if found != digest:
+        what = "is not the file that the merge wrote"
+        raise bad(str(path), what, f"sha256 {found}", f"sha256 {digest}", _RESTORE)
+
+
+def _checked_header(path: Path, record: Record) -> Header:
+    expected = record.shards[path.name]
+    header = read_header(path)
+    if header.size_bytes != expected.bytes:
+        found, wanted = f"{header.size_bytes} bytes", f"{expected.bytes} bytes"
+        raise bad(str(path), "has not the size that was written", found, wanted, _RESTORE)
+    if header.digest != expected.header_sha256:
+        found, wanted = f"sha256 {header.digest}", f"sha256 {expected.header_sha256}"
+        raise bad(str(path), "has not the header that was written", found, wanted, _RESTORE)
+    return header
+
+
+def _check_names(out: Path, record: Record, headers: list[Header], problems: Problems) -> None:
+    held = {name for header in headers for name in header.tensors}
+    for name in sorted(held ^ record.tensors.keys()):
+        places = ("the shards", "the record") if name in held else ("the record", "the shards")
+        what = f"{name} is in {places[0]} and not in {places[1]}"
+        problems.add(bad(str(out / RECORD), what, remedy=_RESTORE))
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def _check_data(header: Header, record: Record, problems: Problems) -> int:
+    """Read a shard; returns how many tensors have the checksum that was recorded."""
+    right = 0
+    with open_regular(header.path) as (descriptor, _):
+        whole = checksum(pread(descriptor, header.data_start, 0))
+        for name, extent in header.tensors.items():
+            crc = _crc_of(descriptor, extent)
+            whole = combine(whole, crc, extent.spec.nbytes)
+            expected = record.tensors[name]
+            if crc == expected:
+                right += 1
+            elif expected is not None:
+                what = f"the bytes of {name} are not those that were written"
+                problems.add(_other_sum(header.path, what, crc, expected))
+    stated = record.shards[os.path.basename(header.path)].crc32c
+    if stated is not None and stated != whole:
+        what = "the bytes of the file are not those that were written"
+        problems.add(_other_sum(header.path, what, whole, stated))
+    return right
+
+
+def _crc_of(descriptor: int, extent: Extent) -> int:
+    """crc32c of a tensor's bytes, a chunk at a time."""
+    crc, end = 0, extent.offset + extent.spec.nbytes
+    for start in range(extent.offset, end, _CHUNK_BYTES):
+        length = min(_CHUNK_BYTES, end - start)
+        data = pread(descriptor, length, start)
+        if len(data) < length:
+            raise StorageError("became shorter while it was read", where=extent.path)
+        crc = checksum(data, crc)
+    return crc
+
+
+def _other_sum(where: str, what: str, found: int, expected: int) -> StreammergeError:
+    return bad(where, what, f"crc32c {found:08x}", f"crc32c {expected:08x}", _RESTORE)

@@ -1,0 +1,110 @@
+"""The record of a finished merge, `streammerge.json`: what was merged, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import StreammergeError
+from streammerge.storage.smallfile import bad, parse_json, read_small, show
+
+RECORD = "streammerge.json"
+RECIPE = "streammerge.yaml"
+FORMAT = 1
+
+_REMEDY = "restore the file from a copy of the output, or merge again"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A file of weights as it was written; no checksum where part of it was copied unread."""
+
+    bytes: int
+    header_sha256: str
+    crc32c: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRecord:
+    """What one model changed: tensors, of how many, and the mean of |update| / |base|."""
+
+    model: str
+    applied: int
+    total: int
+    relative: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Everything that `streammerge.json` says. Nothing tells when, where or by whom."""
+
+    streammerge: str  # version
+    fingerprint: str
+    method: str
+    grid: int  # elements of a tile
+    environment: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    changes: tuple[ChangeRecord, ...]
+    files: Mapping[str, str]  # sha256 of each file but the shards and this one
+    shards: Mapping[str, ShardRecord]
+    tensors: Mapping[str, int | None]  # crc32c; None where it was copied unread
+
+    def as_json(self) -> bytes:
+        """The file's bytes."""
+        document = {"format": FORMAT, **asdict(self)}
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_record(out: Path) -> Record:
+    """The record of a finished output; `InputMissing` or `BadInput` where it has none that holds.
+
+    Only the record's own form is checked here, not what it says of other files.
+    """
+    path = out / RECORD
+    document = parse_json(read_small(path), str(path), "the record", _REMEDY)
+    if document.pop("format", None) != FORMAT:
+        expected = f"format {FORMAT}"
+        raise bad(str(path), "is no record that this version reads", "", expected, _REMEDY)
+    try:
+        return _parsed(document)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        what = "the record is damaged"
+        raise bad(str(path), what, show(str(error)), "as streammerge wrote it", _REMEDY) from error
+
+
+def find_record(out: Path) -> Record | None:
+    """The same, or None where there is none that can be read: the folder is not known as ours."""
+    try:
+        return read_record(out)
+    except StreammergeError:
+        return None
+
+
+def _parsed(document: dict[str, Any]) -> Record:
+    """The document as values; whatever does not fit raises."""
+    shards = {name: ShardRecord(**shard) for name, shard in document.pop("shards").items()}
+    changes = tuple(ChangeRecord(**change) for change in document.pop("changes"))
+    record = Record(changes=changes, shards=shards, **document)
+    whole_or_none, number_or_none = (int, type(None)), (float, int, type(None))
+    for shard in shards.values():
+        _expect((int,), shard.bytes)
+        _expect((str,), shard.header_sha256)
+        _expect(whole_or_none, shard.crc32c)
+    for change in changes:
+        _expect((str,), change.model)
+        _expect((int,), change.applied, change.total)
+        _expect(number_or_none, change.relative)
+    _expect((str,), *record.files.values(), record.streammerge, record.fingerprint, record.method)
+    _expect(whole_or_none, *record.tensors.values())
+    _expect((int,), record.grid)
+    _expect((dict,), record.environment, record.inputs)
+    return record
+
+
+def _expect(kinds: tuple[type, ...], *values: object) -> None:
+    for value in values:
+        if type(value) not in kinds:
+            raise TypeError(f"{show(value)} is no {kinds[0].__name__}")
