@@ -69,6 +69,7 @@ class Course:
 
     def __init__(self, job: Job, state_bytes: int, parts_ahead: int) -> None:
         self.job = job
+        self._state_bytes = state_bytes
         self._ahead = parts_ahead
         self._running = 0
         self._finishing = False
@@ -84,7 +85,7 @@ class Course:
             self._last.extend(_copies(job))
         else:
             self._grid = grid.tiles(job.merged.spec)
-            self._sort(job.merged.start(state_bytes))
+            self._sort(job.merged.start(state_bytes, {}))
             self._start_wave(job)
 
     @property
@@ -125,6 +126,8 @@ class Course:
             for name in self._wave:
                 del self._folds[name]
             self._sort(result)
+            started = item.job.merged.start(self._state_bytes, self._values)
+            self._sort({name: one for name, one in started.items() if name not in self._folds})
             self._start_wave(item.job)
 
     def _absorb(self) -> None:
