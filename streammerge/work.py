@@ -50,7 +50,7 @@ class Worker:
         if isinstance(item, Merge):
             return self._merge(item)
         if isinstance(item, Measure):
-            return item.job.merged.measure(item.folds, item.tile, self._scratch())
+            return item.job.merged.measure(item.folds, item.tile, item.index, self._scratch())
         if isinstance(item, Finish):
             return {name: fold.finish() for name, fold in item.folds.items()}
         return self._copy(item)
