@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 Rows: TypeAlias = NDArray[np.float32]  # [rows, cols]
 RawBytes: TypeAlias = NDArray[np.uint8]  # [bytes], as they lie in the file
 
-# What a method's first argument is; the annotation tells which. Both are [models, rows, cols].
+# What a method's first argument is; the annotation tells which. All are [models, rows, cols].
 Deltas: TypeAlias = Annotated[NDArray[np.float32], "deltas"]  # each model minus the base
 Weights: TypeAlias = Annotated[NDArray[np.float32], "weights"]  # the models themselves
+Vectors: TypeAlias = Annotated[NDArray[np.float32], "either"]  # deltas where there is a base
 
 PerModel: TypeAlias = NDArray[np.float64]  # [models], in the order of the recipe
+Factor: TypeAlias = float | NDArray[np.float64]  # of one model: a number, [rows, 1] or [1, cols]

@@ -83,6 +83,7 @@ class Course:
     ) -> None:
         self.job = job
         self._done = done
+        self._state_bytes = state_bytes
         self._ahead = parts_ahead
         self._running = 0
         self._finishing = False
@@ -99,7 +100,7 @@ class Course:
         else:
             self._grid = grid.tiles(job.merged.spec)
             if any(index not in done.pieces for index in range(len(self._grid))):
-                self._sort({**job.merged.start(state_bytes), **done.values})
+                self._sort({**job.merged.start(state_bytes, done.values), **done.values})
                 self._start_wave(job)
 
     @property
@@ -140,6 +141,8 @@ class Course:
             for name in self._wave:
                 del self._folds[name]
             self._sort(result)
+            started = item.job.merged.start(self._state_bytes, self._values)
+            self._sort({name: one for name, one in started.items() if name not in self._folds})
             self._start_wave(item.job)
 
     def _absorb(self) -> None:

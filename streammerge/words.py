@@ -13,7 +13,10 @@ from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from streammerge.arrays import PerModel, Rows
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from streammerge.arrays import Deltas, Factor, PerModel, Rows
     from streammerge.memory import Scratch
 
 
@@ -249,6 +252,10 @@ class Terms:
 
 # ------------------------------------------------------------------------------------- methods
 
+# What a method is handed of a model: its difference from the base, its own weights, or, where
+# the recipe may do without a base, differences if it names one and weights if not.
+Space = Literal["deltas", "weights", "either"]
+
 
 @dataclass(frozen=True, slots=True)
 class Knob:
@@ -289,11 +296,13 @@ class Knob:
 class Coefficients:
     """What a method returns that is a weighted sum: the factor of each model, and of the base.
 
-    On deltas, the result is `base + sum of models[i] * delta_i`; on weights, it is
-    `sum of models[i] * x_i`.
+    On deltas, the result is `base * b + sum of models[i] * delta_i`, b being the base's rows; on
+    weights, it is `sum of models[i] * x_i`. All models of the recipe have one, in its order. A
+    factor is a number, or float64 `[rows, 1]` or `[1, cols]` where it differs within the tensor.
     """
 
-    models: Sequence[float]
+    models: Sequence[Factor]
+    base: Factor = 1.0
 
 
 @dataclass(frozen=True)
@@ -302,7 +311,7 @@ class MethodSpec:
 
     name: str
     function: Callable[..., Any]
-    space: Literal["deltas", "weights"]
+    space: Space
     returns: Literal["rows", "coefficients"]
     per_model: Mapping[str, Knob]
     shared: Mapping[str, Knob]
@@ -316,6 +325,10 @@ class MethodSpec:
     def needs_base(self) -> bool:
         return self.space == "deltas"
 
+    def on_deltas(self, *, has_base: bool) -> bool:
+        """Whether it is handed differences from the base."""
+        return self.space == "deltas" or (self.space == "either" and has_base)
+
     @property
     def about(self) -> str:
         """The docstring of the function."""
@@ -324,53 +337,110 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Knobs:
-    """The knob values that apply to one tensor: of each model that takes part, and shared."""
+    """The knob values that apply to one tensor, and whom the stack of its deltas holds.
 
-    per_model: Mapping[str, PerModel]
+    An adapter that leaves a tensor alone takes part with zeros: its knobs and its place among the
+    models count, and the stack leaves it out.
+    """
+
+    of_all: Mapping[str, PerModel]  # of every model of the recipe
     shared: Mapping[str, float | bool]
+    models: int  # of the recipe
+    touching: tuple[int, ...]  # positions in the recipe of those in the stack
 
-    def arguments(self) -> dict[str, Any]:
+    @property
+    def per_model(self) -> dict[str, PerModel]:
+        """Of the models in the stack."""
+        chosen = list(self.touching)
+        return {name: values[chosen] for name, values in self.of_all.items()}
+
+    def arguments(self, *, of_all: bool) -> dict[str, Any]:
         """As keyword arguments; a knob called like a keyword gets an underscore: `lambda_`."""
-        knobs = {**self.per_model, **self.shared}
+        knobs = {**(self.of_all if of_all else self.per_model), **self.shared}
         return {n + "_" if iskeyword(n) else n: value for n, value in knobs.items()}
 
 
 class DeltaStack(Protocol):
-    """The deltas of one tile, made when asked for; buffers are reused between calls."""
+    """One tile of the models that touch a tensor, made when asked for; buffers are reused.
+
+    Where no base is subtracted, a model's rows stand for its delta.
+    """
+
+    index: int  # of the tile in the grid
 
     def one(self, model: int) -> Rows:
-        """The delta of one model; the next call may overwrite it."""
+        """The delta of one model, not to be changed; the next call may overwrite it."""
         ...
+
+    def all(self) -> Deltas:
+        """`[models, rows, cols]`, made anew, to be changed at will."""
+        ...
+
+    def base(self) -> Rows:
+        """The base's rows, not to be changed."""
+        ...
+
+    def gram(self) -> NDArray[np.float64]:
+        """`[models, models]`: inner products of the deltas over the tile."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """The names that a method has declared so far, which a statistic of it may refer to."""
+
+    per_model: frozenset[str]
+    shared: frozenset[str]
+    statistics: frozenset[str]
 
 
 class Statistic(Protocol):
     """What a method needs to know of a whole tensor before it can merge a tile of it."""
 
-    def start(self, spec: TensorSpec, knobs: Knobs, state_bytes: int) -> Fold | StatisticValue:
+    def check(self, declared: Declared) -> None:
+        """Raise TypeError when the declaration names what the method does not declare before."""
+        ...
+
+    def waits_for(self) -> Sequence[str]:
+        """The statistics, by the names of their parameters, whose values it needs."""
+        ...
+
+    def start(
+        self,
+        spec: TensorSpec,
+        knobs: Knobs,
+        values: Mapping[str, StatisticValue],
+        state_bytes: int,
+    ) -> Fold | StatisticValue:
         """The first fold, or the value itself where no read is needed.
 
-        A fold and all that follow it hold at most `state_bytes` of state, or the least they need.
+        `values` holds those that it waits for. A fold and all that follow it hold at most
+        `state_bytes` of state, or the least they need.
         """
         ...
 
-    def check(self, per_model: Iterable[str], shared: Iterable[str]) -> None:
-        """Raise TypeError when the declaration names a knob that the method does not have."""
-        ...
-
     def measured(self, knobs: Knobs) -> Sequence[int]:
-        """The models whose deltas it reads."""
+        """The places in the stack of the models that it reads."""
         ...
 
-    def most_reads(self, knobs: Knobs) -> int:
+    def reads(self, knobs: Knobs) -> int:
         """How many reads of the whole tensor it takes, samples not counted, as planned."""
         ...
 
-    def least_state_bytes(self, knobs: Knobs) -> int:
-        """The state that it cannot do without."""
+    def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
+        """The state that it cannot do without, and the most that it could make use of."""
         ...
 
-    def part_bytes(self) -> int:
-        """The most that one measured part holds, of one model."""
+    def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
+        """The most that one measured part holds."""
+        ...
+
+    def buffers(self, knobs: Knobs) -> int:
+        """How many float32 buffers of a tile it takes to measure, the stack not counted."""
+        ...
+
+    def by_products(self, knobs: Knobs) -> bool:
+        """Whether the inner products of the deltas are all that it looks at."""
         ...
 
 
@@ -394,15 +464,22 @@ class Merged(Protocol):
         """What is held in memory from the first tile until `release`, statistics not counted."""
         ...
 
-    def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
-        """The statistics that the method wants, by the name of its parameter."""
+    def start(
+        self, state_bytes: int, values: Mapping[str, StatisticValue]
+    ) -> dict[str, Fold | StatisticValue]:
+        """The statistics that the method wants, by the name of its parameter.
+
+        Those without a value that wait for none but the `values` found so far.
+        """
         ...
 
-    def least_state_bytes(self) -> int:
-        """The state that the statistics cannot do without."""
+    def state_bytes(self) -> tuple[int, int]:
+        """The state that the statistics cannot do without, and the most they could make use of."""
         ...
 
-    def measure(self, folds: Mapping[str, Fold], tile: Tile, scratch: Scratch) -> dict[str, Any]:
+    def measure(
+        self, folds: Mapping[str, Fold], tile: Tile, index: int, scratch: Scratch
+    ) -> dict[str, Any]:
         """Each fold's part of a tile."""
         ...
 
@@ -415,16 +492,16 @@ class Merged(Protocol):
         """
         ...
 
-    def reads(self) -> int:
-        """How often the whole tensor is read, the merge included, when no estimate fails."""
+    def waves(self) -> Sequence[Sequence[str]]:
+        """The statistics that share each read before the merge, when no estimate fails."""
         ...
 
     def merge_bytes(self, tile: Tile) -> int:
         """Bytes of files that merging the tile reads."""
         ...
 
-    def measure_bytes(self, tile: Tile) -> int:
-        """Bytes of files that measuring the tile reads."""
+    def measure_bytes(self, tile: Tile, names: Iterable[str]) -> int:
+        """Bytes of files that measuring the tile for some statistics reads."""
         ...
 
     def part_bytes(self) -> int:

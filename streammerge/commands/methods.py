@@ -87,8 +87,8 @@ def _reads(spec: MethodSpec) -> int:
     import numpy as np
 
     pruned = {name: np.array([0.5]) for name in spec.per_model}
-    counts = [s.most_reads(Knobs(pruned, {})) for s in spec.statistics.values()]
-    return 1 + max(counts, default=0)
+    knobs = Knobs(pruned, {}, 1, (0,))
+    return 1 + max((one.reads(knobs) for one in spec.statistics.values()), default=0)
 
 
 def _read_words(spec: MethodSpec) -> str:

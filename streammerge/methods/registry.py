@@ -1,10 +1,13 @@
 """`@method`: the function's signature is the whole declaration of a merge method.
 
-    first argument      `Deltas` or `Weights`: whether the base is subtracted
+    first argument      `Deltas` or `Weights`: whether the base is subtracted; `Vectors`: it is
+                        where there is one
     Annotated[PerModel, Knob(...)]     a parameter of each model
     Annotated[float | bool, Knob(...)] a parameter of the merge
-    Annotated[X, SomeStatistic(...)]   something the engine finds out first, handed over per tile
-    return type         `Rows`: called for every tile; `Coefficients`: called once per tensor
+    Annotated[X, SomeStatistic(...)]   something the engine finds out first, handed over per tile;
+                        it may refer to knobs and statistics that are declared before it
+    return type         `Rows`: called for every tile; `Coefficients`: called once per tensor,
+                        with None for the stack and the knobs of all models
 
 A parameter whose name is a Python keyword carries a trailing underscore: `lambda_`.
 """
@@ -17,10 +20,10 @@ from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from streammerge.arrays import Deltas, PerModel, Rows, Weights
-from streammerge.words import Coefficients, Knob, MethodSpec, Statistic
+from streammerge.arrays import Deltas, PerModel, Rows, Vectors, Weights
+from streammerge.words import Coefficients, Declared, Knob, MethodSpec, Space, Statistic
 
-_SPACES: Mapping[Any, Literal["deltas", "weights"]] = {Deltas: "deltas", Weights: "weights"}
+_SPACES: Mapping[Any, Space] = {Deltas: "deltas", Weights: "weights", Vectors: "either"}
 
 
 def method(
@@ -57,13 +60,13 @@ def _declare(
         kind, declared = _annotation(function, parameter, hints)
         name = parameter.name.rstrip("_")
         if not isinstance(declared, Knob):
+            known = Declared(frozenset(per_model), frozenset(shared), frozenset(statistics))
+            declared.check(known)
             statistics[parameter.name] = declared
         elif kind == PerModel:
             per_model[name] = declared
         else:
             shared[name] = declared
-    for statistic in statistics.values():
-        statistic.check(per_model, shared)
     return MethodSpec(
         name=function.__name__,
         function=function,
@@ -94,9 +97,11 @@ def _annotation(
     return kind, declared
 
 
-def _space(function: Callable[..., Any], hint: Any) -> Literal["deltas", "weights"]:
+def _space(function: Callable[..., Any], hint: Any) -> Space:
     if hint not in _SPACES:
-        raise TypeError(f"{function.__name__}: the first argument must be Deltas or Weights")
+        raise TypeError(
+            f"{function.__name__}: the first argument must be Deltas, Weights or Vectors"
+        )
     return _SPACES[hint]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import nlargest
 
@@ -20,8 +20,8 @@ STATES = (16 << 20, 4 << 20, 1 << 20)
 class Held:
     """What one job holds between its tiles."""
 
-    most_state_bytes: int  # what its statistics could grow to
     least_state_bytes: int
+    most_state_bytes: int  # what its statistics could grow to
     factor_bytes: int
 
     def under(self, state_bytes: int) -> int:
@@ -66,23 +66,22 @@ def add_up(jobs: Iterable[Job]) -> Demand:
 def _add_merge(demand: Demand, job: MergeJob) -> None:
     merged = job.merged
     whole = Tile(0, merged.spec.rows)
-    reads = merged.reads()
+    waves = merged.waves()
+    reads = 1 + len(waves)
     demand.merged_tensors += 1
     demand.read_bytes += merged.once_bytes + merged.merge_bytes(whole)
-    demand.read_bytes += (reads - 1) * merged.measure_bytes(whole)
+    demand.read_bytes += sum(merged.measure_bytes(whole, names) for names in waves)
     demand.tile_reads += reads * merged.spec.numel
     demand.progress_bytes += reads * job.target.spec.nbytes
     demand.most_reads = max(demand.most_reads, reads)
     demand.reads[reads] = demand.reads.get(reads, 0) + 1
     tiles = [grid.largest_tile(merged.spec)]
-    state = 0
-    if reads > 1:
+    if waves:
         samples = _samples(merged)
-        demand.read_bytes += sum(merged.measure_bytes(tile) for tile in samples)
+        demand.read_bytes += sum(merged.measure_bytes(tile, samples[tile]) for tile in samples)
         demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
-        state = 4 * merged.spec.numel * len(job.models)
         tiles += samples
-    held = Held(state, merged.least_state_bytes(), merged.resident_bytes)
+    held = Held(*merged.state_bytes(), merged.resident_bytes)
     demand.held = nlargest(MOST_JOBS, [*demand.held, held], key=lambda one: one.under(STATES[0]))
     output = job.target.spec.cols * job.target.spec.dtype.itemsize
     for tile in tiles:
@@ -92,16 +91,15 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
         )
 
 
-def _samples(merged: Merged) -> Sequence[Tile]:
-    """The thinned tiles that the first folds want to see."""
+def _samples(merged: Merged) -> dict[Tile, list[str]]:
+    """The thinned tiles that the first folds want to see, and which folds."""
     tiles = grid.tiles(merged.spec)
-    return [
-        tile
-        for fold in merged.start(0).values()
-        if not isinstance(fold, StatisticValue)
-        for tile in fold.wants(tiles)
-        if tile.row_step > 1 or tile.col_step > 1
-    ]
+    found: dict[Tile, list[str]] = {}
+    for name, fold in merged.start(0, {}).items():
+        for tile in () if isinstance(fold, StatisticValue) else fold.wants(tiles):
+            if tile.row_step > 1 or tile.col_step > 1:
+                found.setdefault(tile, []).append(name)
+    return found
 
 
 def predict_seconds(demand: Demand, models: int, rank: int, threads: int) -> float:

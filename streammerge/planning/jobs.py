@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from streammerge.arrays import PerModel
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.recipe import Recipe
 from streammerge.sources.adapted import Adapted, Change
 from streammerge.sources.applied import Applied
+from streammerge.sources.combined import Combined
 from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product
 from streammerge.sources.scaled import Scaled
@@ -20,7 +21,6 @@ from streammerge.storage.bytesource import Files
 from streammerge.storage.shard import ShardLayout
 from streammerge.words import (
     Addition,
-    Coefficients,
     Dora,
     Extent,
     Factors,
@@ -65,7 +65,7 @@ class Composer:
             name: np.array([entry.knobs[name] for entry in recipe.entries], np.float64)
             for name in recipe.method.per_model
         }
-        self._coefficients = self._weigh()
+        self._on_deltas = recipe.method.on_deltas(has_base=recipe.base is not None)
 
     def jobs(self, layouts: Sequence[ShardLayout]) -> Iterator[Job]:
         """In the order of the output's files; tensors without elements need none."""
@@ -81,15 +81,21 @@ class Composer:
         base = Dense(self._files, self._inputs.base.tensors[name]) if self._inputs.base else None
         sources = self._sources(name, base)
         part = tuple(range(len(sources)))
-        if self._method.space == "deltas":  # the base's own delta is nothing
+        if self._on_deltas:  # the base's own delta is nothing
             part = tuple(i for i in part if sources[i] is not base)
             if base is not None and not part:
                 return self._unchanged(base, target)
         chosen = [sources[i] for i in part]
-        if self._method.returns == "coefficients":
-            return self._weighted(base, chosen, part, target)
-        merged = Applied(self._method, self._knobs(part), base, chosen)
-        return MergeJob(merged, target, part)
+        knobs = Knobs(self._per_model, self._shared, len(sources), part)
+        if self._method.returns == "rows":
+            return MergeJob(Applied(self._method, knobs, base, chosen), target, part)
+        merged = Combined(self._files, self._method, knobs, base, chosen)
+        found = None if merged.waves() else merged.coefficients({})
+        factors = [found.models[i] for i in part] if found else []
+        numbers = [factor for factor in factors if isinstance(factor, float)]
+        if found is None or found.base != 1.0 or len(numbers) < len(part):
+            return MergeJob(merged, target, part)
+        return self._weighted(base, chosen, numbers, part, target)
 
     def _sources(self, name: str, base: Dense | None) -> list[Source]:
         """Each model's tensor; the base itself for those that leave it alone."""
@@ -104,7 +110,7 @@ class Composer:
             if update is None:
                 sources.append(rows)
             else:
-                on_base = rows is base and self._method.space == "deltas"
+                on_base = rows is base and self._on_deltas
                 sources.append(self._adapted(rows, update, on_base=on_base))
         return sources
 
@@ -126,10 +132,15 @@ class Composer:
         return own[name] if name in own else self._inputs.donor.tensors[name]
 
     def _weighted(
-        self, base: Dense | None, models: Sequence[Source], part: tuple[int, ...], target: Extent
+        self,
+        base: Dense | None,
+        models: Sequence[Source],
+        factors: Sequence[float],
+        part: tuple[int, ...],
+        target: Extent,
     ) -> Job:
-        factors = [self._coefficients[i] for i in part]
-        merged = WeightedSum(self._files, base, models, factors, self._method.space)
+        space: Literal["deltas", "weights"] = "deltas" if self._on_deltas else "weights"
+        merged = WeightedSum(self._files, base, models, factors, space)
         same = merged.same_as()
         if same is not None and same.spec.dtype == target.spec.dtype:
             return CopyJob(same.extent, target)
@@ -140,17 +151,3 @@ class Composer:
         if base.spec.dtype == target.spec.dtype:
             return CopyJob(base.extent, target)
         return MergeJob(WeightedSum(self._files, base, [base], [1.0], "weights"), target, ())
-
-    def _weigh(self) -> Sequence[float]:
-        """The coefficients of a method that is a weighted sum; scalars are alike in all tensors."""
-        if self._method.returns != "coefficients":
-            return ()
-        everyone = tuple(range(len(self._inputs.models)))
-        found = self._method.function(None, **self._knobs(everyone).arguments())
-        assert isinstance(found, Coefficients)
-        return found.models
-
-    def _knobs(self, models: tuple[int, ...]) -> Knobs:
-        chosen = list(models)
-        per_model: dict[str, PerModel] = {n: v[chosen] for n, v in self._per_model.items()}
-        return Knobs(per_model, self._shared)

@@ -42,6 +42,7 @@ class Product:
         self._lock = threading.Lock()
         self._right: Rows | None = None
         self._grams: list[NDArray[np.float64]] = []
+        self._right_gram: NDArray[np.float64] | None = None
 
     @property
     def resident_bytes(self) -> int:
@@ -76,25 +77,65 @@ class Product:
         left = self._left(tile, scratch)
         self._multiply(tile, left, out)
 
-    def rows_and_norms(self, tile: Tile, out: Rows, scratch: Scratch) -> PerModel:
-        """As `rows`; returns the squared norm of each `scale_i * left_i @ right_i`, unweighted."""
+    def rows_and_norms(
+        self, tile: Tile, out: Rows, scratch: Scratch, weights: Sequence[float] | None = None
+    ) -> PerModel:
+        """As `rows`; returns the squared norm of each `scale_i * left_i @ right_i`, unweighted.
+
+        `weights` stand in for those that the product was made with.
+        """
         right = self._load()
         left = self._left(tile, scratch)
         if not self._grams:
             self._grams = self._right_grams(right)
         norms = squared_norms(left, self._grams, [pair.scale for pair in self.factors])
-        self._multiply(tile, left, out)
+        self._multiply(tile, left, out, weights)
         return norms
+
+    def gram(self, tile: Tile, scratch: Scratch) -> NDArray[np.float64]:
+        """`[factors, factors]`: inner products of the `scale_i * left_i @ right_i` over the tile.
+
+        In float64: `<l_i r_i, l_j r_j>` is the sum of `(l_i.T l_j) * (r_i r_j.T)`, so no product
+        of the tile's size is formed.
+        """
+        right = self._load()
+        left = self._left(tile, scratch)
+        with self._lock:
+            if self._right_gram is None:
+                self._right_gram = gram(right)
+        wide: NDArray[np.float64] = scratch.array("left of gram", left.shape, np.float64)
+        wide[...] = left
+        small: NDArray[np.float64] = scratch.array("gram", (self._rank,) * 2, np.float64)
+        np.matmul(wide.T, wide, out=small)
+        small *= self._right_gram
+        starts = np.cumsum([0, *(pair.rank for pair in self.factors[:-1])])
+        blocks = np.add.reduceat(np.add.reduceat(small, starts, axis=0), starts, axis=1)
+        scales = np.array([pair.scale for pair in self.factors])
+        return np.asarray(blocks * np.outer(scales, scales), np.float64)
+
+    @property
+    def gram_resident_bytes(self) -> int:
+        """What `gram` holds besides, until `release`."""
+        return 8 * self._rank**2
+
+    def gram_scratch_bytes(self, tile: Tile) -> int:
+        """What one `gram` of the tile takes from the scratch and besides."""
+        rows = len(range(tile.start, tile.stop, tile.row_step))
+        sums = 8 * self._rank * (2 * self._rank + len(self.factors))
+        return self.scratch_bytes(tile) + 8 * rows * self._rank + sums
 
     def release(self) -> None:
         with self._lock:
             self._right = None
             self._grams = []
+            self._right_gram = None
 
-    def _multiply(self, tile: Tile, left: Rows, out: Rows) -> None:
+    def _multiply(
+        self, tile: Tile, left: Rows, out: Rows, weights: Sequence[float] | None = None
+    ) -> None:
         """Scales `left` in place, then multiplies."""
         start = 0
-        for pair, weight in zip(self.factors, self._weights, strict=True):
+        for pair, weight in zip(self.factors, weights or self._weights, strict=True):
             left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
             start += pair.rank
         right = self._load()

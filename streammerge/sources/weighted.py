@@ -6,7 +6,7 @@ their coefficients added; all low-rank updates are one product over stacked fact
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -93,13 +93,17 @@ class WeightedSum:
         in_sum = any(source is self._base for source, _, _ in self._rows)
         return self._base is not None and (self._on_deltas or in_sum)
 
-    def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
+    def start(
+        self, state_bytes: int, values: Mapping[str, StatisticValue]
+    ) -> dict[str, Fold | StatisticValue]:
         return {}
 
-    def least_state_bytes(self) -> int:
-        return 0
+    def state_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
-    def measure(self, folds: Mapping[str, Fold], tile: Tile, scratch: Scratch) -> dict[str, Any]:
+    def measure(
+        self, folds: Mapping[str, Fold], tile: Tile, index: int, scratch: Scratch
+    ) -> dict[str, Any]:
         return {}
 
     def merge(
@@ -152,15 +156,15 @@ class WeightedSum:
             sources.append(self._base)
         return sources
 
-    def reads(self) -> int:
-        return 1
+    def waves(self) -> Sequence[Sequence[str]]:
+        return ()
 
     @property
     def once_bytes(self) -> int:
         product = self._product.once_bytes if self._product else 0
         return product + sum(source.once_bytes for source in self._sources())
 
-    def measure_bytes(self, tile: Tile) -> int:
+    def measure_bytes(self, tile: Tile, names: Iterable[str]) -> int:
         return 0
 
     def part_bytes(self) -> int:

@@ -15,7 +15,7 @@ the k largest stay, and of equal magnitudes at the threshold those with the lowe
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,15 @@ import numpy as np
 
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, Cut, count_and_collect, keys
 from streammerge.memory import Scratch
-from streammerge.words import DeltaStack, Fold, Knobs, StatisticValue, TensorSpec, Tile
+from streammerge.words import (
+    Declared,
+    DeltaStack,
+    Fold,
+    Knobs,
+    StatisticValue,
+    TensorSpec,
+    Tile,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,24 +59,40 @@ class KthMagnitude:
 
     keep: str  # the per-model knob that says which share to keep
 
-    def check(self, per_model: Iterable[str], shared: Iterable[str]) -> None:
-        if self.keep not in set(per_model):
+    def check(self, declared: Declared) -> None:
+        if self.keep not in declared.per_model:
             raise TypeError(f"KthMagnitude(keep={self.keep!r}): no such per-model knob")
+
+    def waits_for(self) -> Sequence[str]:
+        return ()
 
     def measured(self, knobs: Knobs) -> Sequence[int]:
         """Those that are pruned at all; of a small tensor even they may turn out to keep all."""
         return [model for model, share in enumerate(knobs.per_model[self.keep]) if share < 1]
 
-    def most_reads(self, knobs: Knobs) -> int:
+    def reads(self, knobs: Knobs) -> int:
         return int(bool(self.measured(knobs)))
 
-    def part_bytes(self) -> int:
-        return max(4 * BINS, 8 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
+    def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
+        models = len(self.measured(knobs))
+        return 8 * BINS * models, 4 * spec.numel * models
 
-    def least_state_bytes(self, knobs: Knobs) -> int:
-        return 8 * BINS * len(self.measured(knobs))
+    def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
+        return len(self.measured(knobs)) * max(4 * BINS, 8 * _MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
 
-    def start(self, spec: TensorSpec, knobs: Knobs, state_bytes: int) -> Fold | StatisticValue:
+    def buffers(self, knobs: Knobs) -> int:
+        return 2  # a delta, and the magnitudes that are collected
+
+    def by_products(self, knobs: Knobs) -> bool:
+        return False
+
+    def start(
+        self,
+        spec: TensorSpec,
+        knobs: Knobs,
+        values: Mapping[str, StatisticValue],
+        state_bytes: int,
+    ) -> Fold | StatisticValue:
         densities = [float(density) for density in knobs.per_model[self.keep]]
         quotas = [max(1, int(density * spec.numel)) for density in densities]
         pending = {model: Bracket(keep) for model, keep in enumerate(quotas) if keep < spec.numel}

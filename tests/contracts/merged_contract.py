@@ -47,17 +47,24 @@ def settle(
 ) -> dict[str, StatisticValue]:
     """All statistics of a merge, tile by tile in grid order."""
     values: dict[str, StatisticValue] = {}
-    for name, one in merged.start(state_bytes).items():
-        found: Fold | StatisticValue = one
-        while not isinstance(found, StatisticValue):
-            for index, tile in enumerate(found.wants(grid.tiles(merged.spec))):
-                with peak.watch(scratch) if peak else _unwatched():
-                    part = merged.measure({name: found}, tile, scratch)[name]
-                found.absorb(index, part)
-                part = None
-            found = found.finish()
-        values[name] = found
+    while found := merged.start(state_bytes, values):
+        for name, one in found.items():
+            values[name] = _finished(merged, name, one, scratch, peak)
     return values
+
+
+def _finished(
+    merged: Merged, name: str, first: Fold | StatisticValue, scratch: Scratch, peak: Peak | None
+) -> StatisticValue:
+    found = first
+    while not isinstance(found, StatisticValue):
+        for index, tile in enumerate(found.wants(grid.tiles(merged.spec))):
+            with peak.watch(scratch) if peak else _unwatched():
+                part = merged.measure({name: found}, tile, index, scratch)[name]
+            found.absorb(index, part)
+            part = None
+        found = found.finish()
+    return found
 
 
 @contextmanager
@@ -143,13 +150,13 @@ class MergedContract:
         scratch = Scratch()
         tiles = grid.tiles(merged.spec)
         merged.merge(tiles[0], 0, settle(merged, scratch), scratch)  # what is held is loaded
-        for name, fold in merged.start(1 << 20).items():
+        for name, fold in merged.start(1 << 20, {}).items():
             if isinstance(fold, StatisticValue):
                 continue
-            for tile in fold.wants(tiles):
+            for index, tile in enumerate(fold.wants(tiles)):
                 before = files.read_bytes
-                merged.measure({name: fold}, tile, scratch)
-                assert files.read_bytes - before == merged.measure_bytes(tile)
+                merged.measure({name: fold}, tile, index, scratch)
+                assert files.read_bytes - before == merged.measure_bytes(tile, [name])
 
     def test_its_working_memory_is_within_its_word(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,5 +195,5 @@ def assert_within_its_word(merged: Merged) -> None:
 
 
 def _sampled(merged: Merged, tiles: list[Tile]) -> list[Tile]:
-    folds = [one for one in merged.start(0).values() if not isinstance(one, StatisticValue)]
+    folds = [one for one in merged.start(0, {}).values() if not isinstance(one, StatisticValue)]
     return [tile for fold in folds for tile in fold.wants(tiles)]

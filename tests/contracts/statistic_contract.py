@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from streammerge.arrays import Deltas
+from streammerge.kernels.product import gram
 from streammerge.memory import Scratch
 from streammerge.words import DType, Fold, Knobs, Statistic, StatisticValue, TensorSpec, Tile
-from tests.oracles.dense import Single
+from tests.oracles.dense import Exact, Single
 
 MOST_READS = 40  # a fold that asks for more than this will never be content
 
@@ -26,7 +28,8 @@ MOST_READS = 40  # a fold that asks for more than this will never be content
 class ArrayStack:
     """Whole deltas in memory, as the stack of one tile; every call gives the same buffer."""
 
-    def __init__(self, deltas: Sequence[Single], tile: Tile, scratch: Scratch) -> None:
+    def __init__(self, deltas: Sequence[Single], tile: Tile, index: int, scratch: Scratch) -> None:
+        self.index = index
         rows = slice(tile.start, tile.stop, tile.row_step)
         self._parts = [delta[rows, :: tile.col_step] for delta in deltas]
         self._scratch = scratch
@@ -35,6 +38,18 @@ class ArrayStack:
         out: Single = self._scratch.array("rows", self._parts[model].shape, np.float32)
         out[...] = self._parts[model]
         return out
+
+    def all(self) -> Deltas:
+        shape = (len(self._parts), *self._parts[0].shape)
+        out: Deltas = self._scratch.array("deltas", shape, np.float32)
+        out[...] = self._parts
+        return out
+
+    def base(self) -> Single:
+        raise NotImplementedError
+
+    def gram(self) -> Exact:
+        return gram(self.all().reshape(len(self._parts), -1))
 
 
 def cut_rows(rows: int, *tops: int) -> list[Tile]:
@@ -60,7 +75,7 @@ def fold_over(
         order = list(range(len(tiles)))
         chance.shuffle(order)
         scratch = Scratch()  # one for all: a part must not live in it
-        parts = {i: found.measure(ArrayStack(deltas, tiles[i], scratch), scratch) for i in order}
+        parts = {i: found.measure(ArrayStack(deltas, tiles[i], i, scratch), scratch) for i in order}
         if held is not None:
             held += parts.values()
         for index in range(len(tiles)):
@@ -101,12 +116,12 @@ class StatisticContract:
     ) -> int:
         """Fold over deltas `[rows, cols]` and check; returns the number of reads."""
         spec = TensorSpec("w", deltas[0].shape, DType.F32)
-        first = self.statistic.start(spec, knobs, state_bytes)
+        first = self.statistic.start(spec, knobs, {}, state_bytes)
         held: list[Any] = []
         value, reads = fold_over(first, deltas, grid, seed=seed, held=held)
         self.assert_value(value, deltas, grid, knobs)
         most = max((self.part_nbytes(part) for part in held), default=0)
-        assert most <= len(deltas) * self.statistic.part_bytes(), "a measured part"
+        assert most <= self.statistic.part_bytes(spec, knobs), "a measured part"
         return reads
 
     @pytest.mark.parametrize("tops", [(), (1,), (39,), (7, 20, 21), range(40)])
@@ -136,7 +151,7 @@ class StatisticContract:
         for number, deltas in enumerate(ordinary(512, 256)):
             knobs = self.knobs(1, number)
             reads = self.hold([deltas], cut_rows(512, *range(0, 512, 100)), knobs)
-            assert reads <= self.statistic.most_reads(knobs), number
+            assert reads <= self.statistic.reads(knobs), number
 
     def test_parts_of_a_tall_tensor_are_within_its_word(self) -> None:
         tall = np.random.default_rng(6).normal(size=(8192, 128)).astype(np.float32)
@@ -150,12 +165,12 @@ class StatisticContract:
         for delta in deltas:
             delta[::5] += 10  # a sample of these rows says nothing of the others
         spec, knobs = TensorSpec("w", (200, 2000), DType.F32), self.knobs(3, 3)
-        allowed = max(state_bytes, self.statistic.least_state_bytes(knobs))
-        found: Fold | StatisticValue = self.statistic.start(spec, knobs, state_bytes)
+        allowed = max(state_bytes, self.statistic.state_bytes(spec, knobs)[0])
+        found: Fold | StatisticValue = self.statistic.start(spec, knobs, {}, state_bytes)
         grid = cut_rows(200, *range(0, 200, 15))
         while not isinstance(found, StatisticValue):
             peak, found = _peak_of_state(found, deltas, grid)
-            assert peak <= allowed + 3 * self.statistic.part_bytes()
+            assert peak <= allowed + self.statistic.part_bytes(spec, knobs)
 
     @pytest.mark.parametrize("state_bytes", [0, 1 << 26])
     def test_large_tensors_whose_sample_lies(self, state_bytes: int) -> None:
@@ -173,7 +188,7 @@ def _peak_of_state(
     tracemalloc.start()
     try:
         for index, tile in enumerate(fold.wants(grid)):
-            part = fold.measure(ArrayStack(deltas, tile, scratch), scratch)
+            part = fold.measure(ArrayStack(deltas, tile, index, scratch), scratch)
             tracemalloc.reset_peak()
             fold.absorb(index, part)
             part = None

@@ -12,7 +12,7 @@ from streammerge.kernels import Cut, trim
 from streammerge.kernels.prune import ABOVE_ALL
 from streammerge.statistics import KthMagnitude, kth_magnitude
 from streammerge.statistics.kth_magnitude import Bracket, Counting, Thresholds
-from streammerge.words import DType, Knobs, StatisticValue, TensorSpec, Tile
+from streammerge.words import Declared, DType, Knobs, StatisticValue, TensorSpec, Tile
 from tests.contracts.statistic_contract import (
     StatisticContract,
     awkward,
@@ -26,7 +26,7 @@ DENSITIES = (0.3, 0.9, 0.004, 0.5, 0.75, 0.9999, 0.2501, 0.7499)
 
 
 def density(*shares: float) -> Knobs:
-    return Knobs({"density": np.array(shares)}, {})
+    return Knobs({"density": np.array(shares)}, {}, len(shares), tuple(range(len(shares))))
 
 
 def trimmed(value: StatisticValue, deltas: Sequence[Single], grid: Sequence[Tile]) -> list[Single]:
@@ -64,8 +64,8 @@ class TestKthMagnitude(StatisticContract):
     def test_it_wants_no_read_to_keep_everything(self) -> None:
         delta = awkward("few values", (6, 7), 0)
         assert self.hold([delta, delta], cut_rows(6, 3), density(1, 1)) == 0
-        assert self.statistic.most_reads(density(1, 1)) == 0
-        assert self.statistic.most_reads(density(1, 0.5)) == 1
+        assert self.statistic.reads(density(1, 1)) == 0
+        assert self.statistic.reads(density(1, 0.5)) == 1
 
     @pytest.mark.parametrize("kind", ["few values", "zeros", "denormal"])
     def test_every_k_of_a_small_tensor(self, kind: str) -> None:
@@ -87,7 +87,7 @@ class TestKthMagnitude(StatisticContract):
         grid = cut_rows(320, *range(0, 320, 13))
         for share in (0.05, 0.31, 0.6, 0.8):
             spec = TensorSpec("w", delta.shape, DType.BF16)
-            value, _ = fold_over(self.statistic.start(spec, density(share), 0), [delta], grid)
+            value, _ = fold_over(self.statistic.start(spec, density(share), {}, 0), [delta], grid)
             kept = trimmed(value, [delta], grid)[0]
             assert np.count_nonzero(kept) == int(share * delta.size)
             np.testing.assert_array_equal(kept, keep_largest(delta, share).astype(np.float32))
@@ -145,6 +145,7 @@ class TestNarrowing:
 
 
 def test_a_knob_that_is_not_there_is_refused() -> None:
+    declared = Declared(frozenset({"density", "weight"}), frozenset({"normalize"}), frozenset())
     with pytest.raises(TypeError, match="densty"):
-        KthMagnitude(keep="densty").check(["density", "weight"], ["normalize"])
-    KthMagnitude(keep="density").check(["density"], [])
+        KthMagnitude(keep="densty").check(declared)
+    KthMagnitude(keep="density").check(declared)

@@ -118,6 +118,8 @@ class TestAppliedTies(MergedContract):
         knobs = Knobs(
             {"weight": np.array(self.weights), "density": np.array(self.densities)},
             {"lambda": 1.0, "normalize": True},
+            3,
+            (0, 1, 2),
         )
         return Applied(CATALOGUE["ties"], knobs, table.base, table.models), table.files
 
@@ -147,7 +149,10 @@ class TestAppliedTies(MergedContract):
         files = open_files(path, zeros)
         sources = [Dense(files, read_header(one).tensors[NAME]) for one in (path, zeros)]
         knobs = Knobs(
-            {"weight": np.ones(1), "density": np.array([0.6])}, {"lambda": 1.0, "normalize": True}
+            {"weight": np.ones(1), "density": np.array([0.6])},
+            {"lambda": 1.0, "normalize": True},
+            1,
+            (0,),
         )
         assert_within_its_word(Applied(CATALOGUE["ties"], knobs, sources[1], sources[:1]))
 

@@ -58,9 +58,9 @@ def assert_kept(value: StatisticValue, delta: Single, k: int, tops: list[int]) -
 @given(tensors(), st.data(), st.lists(st.integers(0, 12), max_size=5))
 def test_a_sampled_bracket_is_exact(delta: Single, data: st.DataObject, tops: list[int]) -> None:
     k = data.draw(st.integers(1, delta.size))
-    knobs = Knobs({"density": np.array([min(1.0, (k + 0.5) / delta.size)])}, {})
+    knobs = Knobs({"density": np.array([min(1.0, (k + 0.5) / delta.size)])}, {}, 1, (0,))
     spec = TensorSpec("w", delta.shape, DType.F32)
-    first = KthMagnitude(keep="density").start(spec, knobs, 0)
+    first = KthMagnitude(keep="density").start(spec, knobs, {}, 0)
     value, _ = fold_over(first, [delta], cut_rows(len(delta), *tops))
     assert_kept(value, delta, k, tops)
 

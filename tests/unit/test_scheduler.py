@@ -63,10 +63,13 @@ class FakeMerged:
     sampled: bool = False
     released: int = 0
 
-    def start(self, state_bytes: int) -> dict[str, Fold | StatisticValue]:
+    def start(
+        self, state_bytes: int, values: Mapping[str, StatisticValue]
+    ) -> dict[str, Fold | StatisticValue]:
         found: dict[str, Fold | StatisticValue] = {}
         for name, reads in self.statistics.items():
-            found[name] = FakeFold(name, reads, self.sampled) if reads else Value([])
+            if name not in values:
+                found[name] = FakeFold(name, reads, self.sampled) if reads else Value([])
         return found
 
     def release(self) -> None:
