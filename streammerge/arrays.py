@@ -16,4 +16,5 @@ Weights: TypeAlias = Annotated[NDArray[np.float32], "weights"]  # the models the
 Vectors: TypeAlias = Annotated[NDArray[np.float32], "either"]  # deltas where there is a base
 
 PerModel: TypeAlias = NDArray[np.float64]  # [models], in the order of the recipe
+InnerProducts: TypeAlias = NDArray[np.float64]  # [..., models, models]
 Factor: TypeAlias = float | NDArray[np.float64]  # of one model: a number, [rows, 1] or [1, cols]

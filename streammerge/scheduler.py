@@ -88,7 +88,7 @@ class Course:
         self._running = 0
         self._finishing = False
         self._folds: dict[str, Fold] = {}
-        self._values = dict(done.values)
+        self._values: dict[str, StatisticValue] = {}
         self._wave: dict[str, Fold] = {}
         self._tiles: Sequence[Tile] = ()
         self._next = 0
@@ -100,7 +100,7 @@ class Course:
         else:
             self._grid = grid.tiles(job.merged.spec)
             if any(index not in done.pieces for index in range(len(self._grid))):
-                self._sort(job.merged.start(state_bytes, self._values))
+                self._sort({**job.merged.start(state_bytes, done.values), **done.values})
                 self._start_wave(job)
 
     @property

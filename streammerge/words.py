@@ -6,7 +6,7 @@ Everything here is a plain frozen value or a protocol. Nothing here reads a file
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from keyword import iskeyword
@@ -257,20 +257,28 @@ class Terms:
 Space = Literal["deltas", "weights", "either"]
 
 
+KnobValue = float | bool | str
+
+
 @dataclass(frozen=True, slots=True)
 class Knob:
     """A parameter of a merge method, with its default and bounds, as the recipe may set it.
 
     `default` None means that the recipe must give it. `above` and `below` are exclusive,
-    `at_least` and `up_to` inclusive. `about` is one line of help.
+    `at_least` and `up_to` inclusive. `about` is one line of help. `whole` and `choices` follow
+    from the parameter's type, `int` or `Literal[...]`; `switch` says for which of the choices
+    false and true stand, if they may be given too.
     """
 
-    default: float | bool | None = None
+    default: KnobValue | None = None
     about: str = ""
     above: float | None = None
     below: float | None = None
     at_least: float | None = None
     up_to: float | None = None
+    switch: tuple[str, str] | None = None
+    whole: bool = False
+    choices: tuple[str, ...] = ()
 
     def bounds(self) -> str:
         """The bounds in words, empty when there are none."""
@@ -344,7 +352,7 @@ class Knobs:
     """
 
     of_all: Mapping[str, PerModel]  # of every model of the recipe
-    shared: Mapping[str, float | bool]
+    shared: Mapping[str, KnobValue]
     models: int  # of the recipe
     touching: tuple[int, ...]  # positions in the recipe of those in the stack
 
@@ -421,6 +429,10 @@ class Statistic(Protocol):
 
     def measured(self, knobs: Knobs) -> Sequence[int]:
         """The places in the stack of the models that it reads."""
+        ...
+
+    def reads_base(self, knobs: Knobs) -> bool:
+        """Whether it looks at the base's rows, too."""
         ...
 
     def reads(self, knobs: Knobs) -> int:
@@ -500,7 +512,7 @@ class Merged(Protocol):
         """Bytes of files that merging the tile reads."""
         ...
 
-    def measure_bytes(self, tile: Tile, names: Iterable[str]) -> int:
+    def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
         """Bytes of files that measuring the tile for some statistics reads."""
         ...
 

@@ -50,10 +50,13 @@ class Worker:
         if isinstance(item, Merge):
             return self._merge(item)
         if isinstance(item, Measure):
-            return item.job.merged.measure(item.folds, item.tile, item.index, self._scratch())
+            return self._measure(item)
         if isinstance(item, Finish):
             return {name: fold.finish() for name, fold in item.folds.items()}
         return self._copy(item)
+
+    def _measure(self, item: Measure) -> dict[str, Any]:
+        return item.job.merged.measure(item.folds, item.tile, item.index, self._scratch())
 
     def _merge(self, item: Merge) -> tuple[Receipt, PerModel]:
         scratch = self._scratch()

@@ -7,7 +7,7 @@ from typing import Any
 
 from streammerge.errors import ConfigError
 from streammerge.methods import CATALOGUE
-from streammerge.words import Knob, Knobs, MethodSpec
+from streammerge.words import Knob, Knobs, KnobValue, MethodSpec
 
 
 def _find(name: str) -> MethodSpec:
@@ -78,7 +78,7 @@ def _knob_lines(title: str, knobs: Mapping[str, Knob]) -> list[str]:
     return [*lines, ""]
 
 
-def _value(value: float | bool) -> str:
+def _value(value: KnobValue) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 

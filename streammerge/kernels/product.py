@@ -6,6 +6,7 @@ grid only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from streammerge.arrays import PerModel, Rows
+    from streammerge.arrays import InnerProducts, PerModel, Rows
 
 
 def multiply(left: Rows, right: Rows, out: Rows) -> None:
@@ -21,11 +22,11 @@ def multiply(left: Rows, right: Rows, out: Rows) -> None:
     np.matmul(left, right, out=out)
 
 
-def gram(rows: Rows) -> NDArray[np.float64]:
+def gram(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
     """`rows @ rows.T` in float64: `[rank, cols] -> [rank, rank]`, summed over blocks of columns."""
     total = np.zeros((len(rows), len(rows)))
-    for start in range(0, rows.shape[1], 4096):
-        block = rows[:, start : start + 4096].astype(np.float64)
+    for start in range(0, len(rows[0]), 4096):
+        block = np.array([row[start : start + 4096] for row in rows], np.float64)
         total += block @ block.T
     return total
 

@@ -2,7 +2,17 @@
 
 from streammerge.methods.registry import load, method
 
-NAMES = ("linear", "task_arithmetic", "ties", "passthrough")
+NAMES = (
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "model_stock",
+    "passthrough",
+)
 
 CATALOGUE = load(__name__, NAMES)
 

@@ -3,7 +3,8 @@
     first argument      `Deltas` or `Weights`: whether the base is subtracted; `Vectors`: it is
                         where there is one
     Annotated[PerModel, Knob(...)]     a parameter of each model
-    Annotated[float | bool, Knob(...)] a parameter of the merge
+    Annotated[X, Knob(...)]            a parameter of the merge: X is float, bool, int (a whole
+                        number) or Literal[...] (one of these names)
     Annotated[X, SomeStatistic(...)]   something the engine finds out first, handed over per tile;
                         it may refer to knobs and statistics that are declared before it
     return type         `Rows`: called for every tile; `Coefficients`: called once per tensor,
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -66,7 +68,7 @@ def _declare(
         elif kind == PerModel:
             per_model[name] = declared
         else:
-            shared[name] = declared
+            shared[name] = _of_type(declared, kind)
     return MethodSpec(
         name=function.__name__,
         function=function,
@@ -79,6 +81,12 @@ def _declare(
         reference=reference,
         temporaries=temporaries,
     )
+
+
+def _of_type(knob: Knob, kind: Any) -> Knob:
+    """What the type of a shared parameter says of its values."""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    return replace(knob, whole=kind is int, choices=choices)
 
 
 def _annotation(

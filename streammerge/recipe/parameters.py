@@ -15,7 +15,7 @@ from typing import Any
 from streammerge.errors import ConfigError, Place, Problems
 from streammerge.recipe.document import Document, Spot
 from streammerge.recipe.wording import KeyPath, dotted, nearest, shown
-from streammerge.words import Knob, MethodSpec
+from streammerge.words import Knob, KnobValue, MethodSpec
 
 # Every parameter of the catalogue of methods in docs and of mergekit 0.1.5, for any method.
 CATALOGUE = frozenset(
@@ -23,22 +23,12 @@ CATALOGUE = frozenset(
     "nuslerp_flatten nuslerp_row_wise normalize_weights eps max_iter tol r alpha scale".split()
 )
 
-# Parameters that change what a method computes and that it does not take yet, with the values
-# that leave its result as it is.
-NOT_YET: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    "ties": {
-        "rescale": (False, "none"),
-        "vote": ("weighted",),
-        "divide": ("weights",),
-        "ties": ("first",),
-    }
-}
-
 # Keys of an adapter among which its parameters stand.
 _BESIDE = ("path", "revision", "name", "parameters")
 
 # Methods whose divisor is the sum of the weights that agree, element by element.
 _VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "sce"})
+_DIVIDING = ("normalize", "normalize_weights")
 _LEAST_SUM = 1e-8
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -80,13 +70,13 @@ class Parameters:
         self._values(used, {**self._method.per_model, **self._method.shared})
         return used
 
-    def shared(self, common: Mapping[str, Setting], where: Place) -> dict[str, float | bool]:
+    def shared(self, common: Mapping[str, Setting], where: Place) -> dict[str, KnobValue]:
         """Every shared knob; one whose value is wrong is left out."""
         return self._complete(common, self._method.shared, where)
 
     def of_model(
         self, own: Iterable[Setting], common: Mapping[str, Setting], where: Place
-    ) -> dict[str, float | bool]:
+    ) -> dict[str, KnobValue]:
         """Every per-model knob: a model's own, else the top level's, else the default."""
         used = self._used(own, self._method.per_model)
         return self._complete({**common, **used}, self._method.per_model, where)
@@ -113,12 +103,9 @@ class Parameters:
 
     def _not_used(self, setting: Setting) -> None:
         key, name = setting.key, self._method.name
-        harmless = NOT_YET.get(name, {}).get(key)
-        if harmless is not None and setting.value not in harmless:
-            self._problems.add(_not_yet(setting, name, harmless))
-        elif key in self._method.shared:
+        if key in self._method.shared:
             self._ignore(setting, "all models share it, so it belongs under the top `parameters:`")
-        elif key in self._known or harmless is not None:
+        elif key in self._known:
             self._ignore(setting, f"{name} does not use it")
         else:
             self._problems.add(self._unknown(setting))
@@ -140,7 +127,7 @@ class Parameters:
 
     def _complete(
         self, used: Mapping[str, Setting], knobs: Mapping[str, Knob], where: Place
-    ) -> dict[str, float | bool]:
+    ) -> dict[str, KnobValue]:
         for key, knob in knobs.items():
             if knob.default is None and key not in used:
                 self._problems.add(_missing(key, knob, self._method.name, where))
@@ -152,9 +139,9 @@ class Parameters:
 
     def _values(
         self, used: Mapping[str, Setting], knobs: Mapping[str, Knob]
-    ) -> dict[str, float | bool]:
+    ) -> dict[str, KnobValue]:
         """The values that are right; each that is wrong is a problem."""
-        values: dict[str, float | bool] = {}
+        values: dict[str, KnobValue] = {}
         for key, setting in used.items():
             if key in knobs:
                 try:
@@ -166,37 +153,50 @@ class Parameters:
 
 def check_weights(
     method: MethodSpec,
-    weights: list[float | bool],
-    shared: Mapping[str, float | bool],
+    weights: list[float],
+    shared: Mapping[str, KnobValue],
     where: Place,
 ) -> None:
     """Raise ConfigError when `normalize` would divide by weights that sum to nothing."""
     total = math.fsum(weights)
     if abs(total) >= _LEAST_SUM:
         return
-    if shared.get("normalize") is True and method.name not in _VOTING:
+    key = next((key for key in _DIVIDING if shared.get(key) is True), None)
+    if key and method.name not in _VOTING:
         raise ConfigError(
-            "the weights sum to zero, and `normalize` divides by their sum",
+            f"the weights sum to zero, and `{key}` divides by their sum",
             where=where,
             found=f"`weight` {', '.join(f'{weight:g}' for weight in weights)}; sum {total:g}",
             expected=f"a sum of at least {_LEAST_SUM:g}, plus or minus",
-            remedy="change the weights, or add `normalize: false` under the top `parameters:`",
+            remedy=f"change the weights, or add `{key}: false` under the top `parameters:`",
         )
 
 
-def _value(setting: Setting, knob: Knob) -> float | bool:
+def _value(setting: Setting, knob: Knob) -> KnobValue:
     value, switch = setting.value, isinstance(knob.default, bool)
     if switch and isinstance(value, bool):
         return value
     if isinstance(value, list):
         raise _wrong(setting, knob, "a list: gradients and filters are not supported yet")
+    if knob.choices:
+        return _choice(setting, knob)
     if switch or isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(setting, knob)
-    if not math.isfinite(value) or not knob.allows(value):
+    if not math.isfinite(value) or not knob.allows(value) or (knob.whole and value % 1):
         raise _wrong(setting, knob)
     if abs(value) > _FLOAT32_MAX:
         raise _wrong(setting, knob, f"{setting.spot.spelled}, which is infinite in float32")
-    return float(value)
+    return int(value) if knob.whole else float(value)
+
+
+def _choice(setting: Setting, knob: Knob) -> str:
+    """One of the names of a knob."""
+    value = setting.value
+    if knob.switch and isinstance(value, bool):
+        return knob.switch[value]
+    if isinstance(value, str) and value in knob.choices:
+        return value
+    raise _wrong(setting, knob)
 
 
 def _wrong(setting: Setting, knob: Knob, found: str | None = None) -> ConfigError:
@@ -212,12 +212,16 @@ def _wrong(setting: Setting, knob: Knob, found: str | None = None) -> ConfigErro
 def _expected(knob: Knob) -> str:
     if isinstance(knob.default, bool):
         return "true or false"
-    return f"a finite number {knob.bounds()}".strip()
+    if knob.choices:
+        return f"one of {', '.join(knob.choices)}"
+    number = "a whole number" if knob.whole else "a finite number"
+    return f"{number} {knob.bounds()}".strip()
 
 
 def _remedy(setting: Setting, knob: Knob) -> str:
     kind = "true or false" if isinstance(knob.default, bool) else "one number"
-    quotes = " without quotes" if isinstance(setting.value, str) else ""
+    kind = "one of these" if knob.choices else kind
+    quotes = " without quotes" if isinstance(setting.value, str) and not knob.choices else ""
     if knob.default is None:
         return f"write {kind}{quotes}"
     default = str(knob.default).lower().removesuffix(".0")
@@ -231,17 +235,6 @@ def _missing(key: str, knob: Knob, method: str, where: Place) -> ConfigError:
         found=f"no `{key}` here or at the top level",
         expected=_expected(knob),
         remedy=f"add `{key}: ...` under `parameters:`",
-    )
-
-
-def _not_yet(setting: Setting, method: str, harmless: tuple[object, ...]) -> ConfigError:
-    instead = " or ".join(str(value).lower() for value in harmless)
-    return ConfigError(
-        f"{dotted(setting.path)}: {method} does not support this yet",
-        where=setting.spot.value,
-        found=shown(setting.value, setting.spot.spelled),
-        expected=instead,
-        remedy=f"remove `{setting.key}`; without it {method} does the same as with {instead}",
     )
 
 

@@ -15,7 +15,7 @@ from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
 from streammerge.recipe.values import Entry, Recipe, Reference
 from streammerge.recipe.wording import nearest, quoted
 from streammerge.sizes import parse_size
-from streammerge.words import FLOAT_NAMES, DType, MethodSpec
+from streammerge.words import FLOAT_NAMES, DType, KnobValue, MethodSpec
 
 
 def read_recipe(path: Path, methods: Mapping[str, MethodSpec], problems: Problems) -> Recipe | None:
@@ -128,7 +128,7 @@ class _Reading:
         self, drafts: list[Draft], base: Reference | None, method: MethodSpec
     ) -> list[Draft]:
         """Without the base listed as a model, whose difference from itself is zero."""
-        if base is None or not method.needs_base:
+        if base is None or not method.on_deltas(has_base=True):
             return drafts
         same = identity(base, self._folder)
         rest = []
@@ -163,7 +163,7 @@ class _Reading:
 
     def _parameters(
         self, drafts: list[Draft], method: MethodSpec
-    ) -> tuple[tuple[Entry, ...], dict[str, float | bool]]:
+    ) -> tuple[tuple[Entry, ...], dict[str, KnobValue]]:
         parameters = Parameters(method, self._methods, self._problems)
         given = settings(self._document, ("parameters",), self._shape.parameters or ())
         common = parameters.of_all(given)
@@ -183,9 +183,9 @@ class _Reading:
         return entries, shared
 
     def _check_weights(
-        self, entries: tuple[Entry, ...], shared: Mapping[str, float | bool], method: MethodSpec
+        self, entries: tuple[Entry, ...], shared: Mapping[str, KnobValue], method: MethodSpec
     ) -> None:
-        weights = [entry.knobs["weight"] for entry in entries if "weight" in entry.knobs]
+        weights = [float(entry.knobs["weight"]) for entry in entries if "weight" in entry.knobs]
         if self._whole and weights and len(weights) == len(entries):
             try:
                 check_weights(method, weights, shared, entries[0].place)

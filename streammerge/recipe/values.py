@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streammerge.errors import Place
-from streammerge.words import DType, MethodSpec
+from streammerge.words import DType, KnobValue, MethodSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Entry:
     name: str
     model: Reference
     adapter: Reference | None
-    knobs: Mapping[str, float | bool]
+    knobs: Mapping[str, KnobValue]
     place: Place = field(compare=False)
 
 
@@ -51,7 +51,7 @@ class Recipe:
     method: MethodSpec
     base: Reference | None
     entries: tuple[Entry, ...]
-    shared: Mapping[str, float | bool]
+    shared: Mapping[str, KnobValue]
     out_dtype: DType | None
     seed: int
     output: str | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,9 +96,9 @@ class Applied:
         base = self._base.read_bytes(tile) if self._base is not None else 0
         return base + sum(model.read_bytes(tile) for model in self._models)
 
-    def measure_bytes(self, tile: Tile, names: Iterable[str]) -> int:
+    def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
         models = [self._models[model] for model in self._needs.measured(names)]
-        needs_base = self._base is not None and any(model.needs_base for model in models)
+        needs_base = any(model.needs_base for model in models) or self._needs.reads_base(names)
         base = self._base.read_bytes(tile) if self._base is not None and needs_base else 0
         return base + sum(model.read_bytes(tile) for model in models)
 

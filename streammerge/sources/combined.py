@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from streammerge.arrays import PerModel, Rows
+from streammerge.arrays import Factor, PerModel, Rows
 from streammerge.kernels.weighted import sum_of_squares
 from streammerge.memory import Scratch
 from streammerge.sources.needs import Needs
@@ -58,7 +58,7 @@ class Combined:
         arguments = self._knobs.arguments(of_all=True) | self._needs.found(known, 0)
         found = self._method.function(None, **arguments)
         if isinstance(found, Coefficients) and len(found.models) == self._knobs.models:
-            return found
+            return Coefficients([_plain(one) for one in found.models], _plain(found.base))
         raise TypeError(
             f"the method {self._method.name} returned {found!r}, expected Coefficients of "
             f"{self._knobs.models} models"
@@ -118,9 +118,9 @@ class Combined:
         base = self._base.read_bytes(tile) if self._base is not None else 0
         return base + self._models.read_bytes(tile, range(len(self._knobs.touching)))
 
-    def measure_bytes(self, tile: Tile, names: Iterable[str]) -> int:
+    def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
         models = self._needs.measured(names)
-        needs_base = self._models.needs_base(models)
+        needs_base = self._models.needs_base(models) or self._needs.reads_base(names)
         base = self._base.read_bytes(tile) if self._base is not None and needs_base else 0
         return base + self._models.read_bytes(tile, models)
 
@@ -130,3 +130,8 @@ class Combined:
 
     def release(self) -> None:
         self._models.release()
+
+
+def _plain(factor: Factor) -> Factor:
+    """A number as a float, whatever numpy made of it."""
+    return float(factor) if np.ndim(factor) == 0 else factor

@@ -66,6 +66,10 @@ class Needs:
         some = (self._statistics[name].measured(self._knobs) for name in names)
         return sorted({model for models in some for model in models})
 
+    def reads_base(self, names: Iterable[str]) -> bool:
+        """Whether some statistics look at the base's rows."""
+        return any(self._statistics[name].reads_base(self._knobs) for name in names)
+
     def state_bytes(self) -> tuple[int, int]:
         """See `Merged.state_bytes`."""
         both = [one.state_bytes(self._spec, self._knobs) for one in self._reading()]

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# What numpy takes to broadcast or to cast in passing: 8192 elements of each operand.
+_NUMPY_BYTES = 3 * 8 * 8192
+
+
 class Together(Protocol):
     """What `Combined` asks of the models of a tensor."""
 
@@ -96,7 +100,7 @@ class ByRows:
         rows, cols = tile.shape(self._models[0].spec)
         sources = [*self._models, *([self._base] if self._base is not None else [])]
         stored = max(source.scratch_bytes(tile) for source in sources)
-        return (1 + len(self._models) + 2) * 4 * rows * cols + stored
+        return (1 + len(self._models) + 2) * 4 * rows * cols + stored + _NUMPY_BYTES
 
     def release(self) -> None:
         for model in self._models:

@@ -6,7 +6,7 @@ their coefficients added; all low-rank updates are one product over stacked fact
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -164,7 +164,7 @@ class WeightedSum:
         product = self._product.once_bytes if self._product else 0
         return product + sum(source.once_bytes for source in self._sources())
 
-    def measure_bytes(self, tile: Tile, names: Iterable[str]) -> int:
+    def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
         return 0
 
     def part_bytes(self) -> int:

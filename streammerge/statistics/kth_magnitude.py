@@ -70,6 +70,9 @@ class KthMagnitude:
         """Those that are pruned at all; of a small tensor even they may turn out to keep all."""
         return [model for model, share in enumerate(knobs.per_model[self.keep]) if share < 1]
 
+    def reads_base(self, knobs: Knobs) -> bool:
+        return False
+
     def reads(self, knobs: Knobs) -> int:
         return int(bool(self.measured(knobs)))
 

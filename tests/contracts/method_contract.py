@@ -148,8 +148,10 @@ class MethodContract:
         inputs = SmallInputs(tmp_path, SHAPES, "F32")
         for _ in range(self.spec.models[0]):
             inputs.add_adapter([UP], rank=2)
-        self.merge(inputs.recipe(self.method, out_dtype=out_dtype), tmp_path / "out")
-        self._check(inputs, tmp_path / "out", Setting(), "BF16" if out_dtype else "F32")
+        setting = Setting(shared=self.settings[0].shared)
+        recipe = inputs.recipe(self.method, shared=setting.shared, out_dtype=out_dtype)
+        self.merge(recipe, tmp_path / "out")
+        self._check(inputs, tmp_path / "out", setting, "BF16" if out_dtype else "F32")
 
     def _check(self, inputs: SmallInputs, out: Path, setting: Setting, dtype: str) -> None:
         merged = read_back(out)
@@ -287,6 +289,11 @@ def _outside(knob: Knob) -> Iterator[str]:
     if isinstance(knob.default, bool):
         yield from ("0.5", "2")
         return
+    if knob.choices:
+        yield from ("0.5", "''", *(() if knob.switch else ("true", "false")))
+        return
+    if knob.whole:
+        yield "1.5"
     yield from (".nan", ".inf", "-.inf", "true")
     if knob.above is not None:
         yield from (repr(knob.above), repr(knob.above - 1))
@@ -302,6 +309,9 @@ def _inside(knob: Knob) -> Iterator[str]:
     """Values at the edge of what the knob takes."""
     if isinstance(knob.default, bool):
         yield from ("true", "false")
+        return
+    if knob.choices:
+        yield from (*knob.choices, *(("true", "false") if knob.switch else ()))
         return
     if knob.at_least is not None:
         yield repr(knob.at_least)

@@ -101,7 +101,7 @@ def check(name: str, stored: Exact, dtype: str, answer: Answer) -> None:
 def linear(models: Sequence[Vector], weights: Sequence[float], *, normalize: bool = True) -> Answer:
     """`sum w_i x_i`, over `sum w_i` if `normalize`."""
     total = sum(weights) if normalize else 1.0
-    return _weighted_sum([w / total for w in weights], models)
+    return weighted_sum([w / total for w in weights], models)
 
 
 def task_arithmetic(
@@ -115,15 +115,16 @@ def task_arithmetic(
     """`base + lambda * sum w_i d_i`, over `sum w_i` if `normalize`."""
     total = sum(weights) if normalize else 1.0
     factors = [1.0, *(lambda_ * w / total for w in weights)]
-    return _weighted_sum(factors, [Vector(base, np.abs(base)), *deltas])
+    return weighted_sum(factors, [Vector(base, np.abs(base)), *deltas])
 
 
 def passthrough(model: Vector, scale: float = 1.0) -> Answer:
     """`scale * x`."""
-    return _weighted_sum([scale], [model])
+    return weighted_sum([scale], [model])
 
 
-def _weighted_sum(factors: Sequence[float], vectors: Sequence[Vector]) -> Answer:
+def weighted_sum(factors: Sequence[float | Exact], vectors: Sequence[Vector]) -> Answer:
+    """`sum f_i v_i`; a factor may differ by row or column."""
     value = np.zeros(vectors[0].value.shape)
     size = np.zeros(vectors[0].value.shape)
     for factor, vector in zip(factors, vectors, strict=True):

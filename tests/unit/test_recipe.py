@@ -16,6 +16,8 @@ from streammerge.words import DType, Knob, MethodSpec
 
 ONE = Knob(1.0)
 DENSITY = Knob(1.0, above=0, up_to=1)
+RESCALE = Knob("none", switch=("none", "l1"), choices=("none", "l1", "density"))
+STEPS = Knob(10, at_least=1, whole=True)
 
 
 def method(
@@ -39,7 +41,7 @@ METHODS = {
             "ties",
             "deltas",
             {"weight": ONE, "density": DENSITY},
-            {"lambda": ONE, "normalize": Knob(True)},
+            {"lambda": ONE, "normalize": Knob(True), "rescale": RESCALE, "steps": STEPS},
         ),
         method("passthrough", "weights", {"scale": ONE}, {}, models=(1, 1)),
         method("nearswap", "weights", {}, {"t": Knob()}, models=(1, 1)),
@@ -92,7 +94,7 @@ def test_shorthand_is_the_base_with_each_adapter() -> None:
     assert recipe.entries[0].knobs == {"weight": 0.5, "density": 0.6}
     second = recipe.entries[1].adapter
     assert second is not None and second.place == Place("cfg.yaml", 5, 12)
-    assert recipe.shared == {"lambda": 1.0, "normalize": True}
+    assert recipe.shared == {"lambda": 1.0, "normalize": True, "rescale": "none", "steps": 10}
     assert (recipe.out_dtype, recipe.seed, recipe.output) == (DType.BF16, 0, None)
     assert recipe.warnings == ()
 
@@ -174,9 +176,13 @@ def test_one_warning_for_each_key_without_effect() -> None:
     assert recipe.shared == {"normalize": True}
 
 
-def test_values_of_parameters_not_taken_yet_that_change_nothing_are_only_warned_of() -> None:
-    recipe = read(SHORTHAND + "parameters: {rescale: false, vote: weighted}\n")
-    assert [line.split(" ")[1] for line in recipe.warnings] == ["`rescale`", "`vote`"]
+@pytest.mark.parametrize(
+    ("value", "meant"), [("l1", "l1"), ("density", "density"), ("true", "l1"), ("false", "none")]
+)
+def test_a_named_choice_may_be_switched(value: str, meant: str) -> None:
+    recipe = read(SHORTHAND + f"parameters: {{rescale: {value}, steps: 3}}\n")
+    assert (recipe.shared["rescale"], recipe.shared["steps"]) == (meant, 3)
+    assert isinstance(recipe.shared["steps"], int)
 
 
 @pytest.mark.parametrize("where", ["config", "working directory"])
@@ -228,7 +234,7 @@ def test_canonical_yaml_says_everything_and_keeps_the_shorthand() -> None:
         adapters:
         - {path: ./lora-math, name: lora-math, weight: 0.5, density: 0.6}
         - {path: ./lora-code, name: lora-code, weight: 0.3, density: 0.5}
-        parameters: {lambda: 1.0, normalize: true}
+        parameters: {lambda: 1.0, normalize: true, rescale: none, steps: 10}
         out_dtype: bfloat16
         seed: 0
         """

@@ -257,10 +257,16 @@ def test_gradients_and_filters_are_refused_by_name(value: str) -> None:
     assert_says(problem, 2, 42, "gradients and filters are not supported yet")
 
 
-@pytest.mark.parametrize("parameter", ["rescale: true", "vote: count", "divide: none", "ties: all"])
-def test_parameters_that_would_change_the_result_are_never_ignored(parameter: str) -> None:
-    problem = only(TIES + f"models: [{{model: a}}]\nparameters: {{{parameter}}}")
-    assert_says(problem, 4, 15 + parameter.index(" "), "ties does not support this yet")
+@pytest.mark.parametrize("value", ["l2", "L1", "1", "''"])
+def test_a_name_that_is_no_choice(value: str) -> None:
+    problem = only(TIES + f"models: [{{model: a}}]\nparameters: {{rescale: {value}}}")
+    assert_says(problem, 4, 23, "parameters.rescale", "one of none, l1, density", "none")
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "true"])
+def test_a_number_that_is_not_whole(value: str) -> None:
+    problem = only(TIES + f"models: [{{model: a}}]\nparameters: {{steps: {value}}}")
+    assert_says(problem, 4, 21, "parameters.steps", "a whole number at least 1", "10")
 
 
 def test_an_adapter_as_output_is_refused_by_name() -> None:
@@ -313,7 +319,7 @@ def test_all_problems_at_once_from_top_to_bottom() -> None:
           - {model: d+e+f}
         adapters:
           - {path: x, weight: '1'}
-        parameters: {rescale: l1}
+        parameters: {rescale: l3}
         seed: -1
         """
     )
