@@ -132,6 +132,11 @@ class Source(Protocol):
         ...
 
     @property
+    def own_statistics(self) -> tuple[OwnStatistic, ...]:
+        """What it must be given before it can hand out rows; mostly nothing."""
+        ...
+
+    @property
     def resident_bytes(self) -> int:
         """What is held in memory from the first read until `release`."""
         ...
@@ -160,6 +165,21 @@ class Source(Protocol):
     def release(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class OwnStatistic:
+    """A statistic that a source must be given before it can hand out rows.
+
+    The fold is of `rows`, the only model of the stack that it measures. It holds `state_bytes`, and
+    a part of it `part_bytes`. Its value goes to `take`, and is kept there.
+    """
+
+    rows: Source
+    start: Callable[[], Fold]
+    take: Callable[[StatisticValue], None]
+    state_bytes: int
+    part_bytes: int
+
+
 # ------------------------------------------------------------------------------------- updates
 
 
@@ -181,15 +201,17 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A low-rank update `scale * left @ right` of a tensor seen as `[rows, cols]`.
+    """A low-rank update `scale * left @ diag(values) @ right` of a tensor seen as `[rows, cols]`.
 
-    `left` is `[rows, rank]`, `right` is `[rank, cols]`. For a LoRA on an ordinary linear layer
-    they are B and A as stored; on a transposed weight (GPT-2's Conv1D) A and B transposed.
+    `left` is `[rows, rank]`, `right` is `[rank, cols]`, `values` is `[rank]`, ones where there are
+    none. For a LoRA on an ordinary linear layer left and right are B and A as stored; on a
+    transposed weight (GPT-2's Conv1D, an embedding) A and B transposed.
     """
 
     scale: float
     left: Matrix
     right: Matrix
+    values: Extent | None = None
 
     @property
     def rank(self) -> int:
@@ -198,7 +220,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """`scale` times a stored tensor of the same shape: a bias of lora_B on the layer's bias."""
+    """`scale` times a stored tensor of the same shape, added: lora_B's bias on the layer's."""
 
     scale: float
     extent: Extent
@@ -210,14 +232,14 @@ class Addition:
 class Dora:
     """`m / norm(W + factors) * (W + factors)`: DoRA, where lengths are learned by themselves.
 
-    Of each row, or of each column where the base stores the weight as `[in, out]`. `magnitude`
-    holds one length for each of them. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation",
+    Norms are those of the rows, or of the columns where the base stores the weight as `[in, out]`.
+    `magnitude` m holds as many lengths. Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation",
     ICML 2024 (arXiv 2402.09353).
     """
 
     factors: Factors
     magnitude: Extent
-    of: Literal["rows", "columns"]
+    norms_of: Literal["rows", "columns"]
 
     @property
     def rank(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -41,6 +41,18 @@ class Patterns:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaLora:
+    """What AdaLoRA adds: the rank it started with, and those that training left its modules.
+
+    Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR
+    2023 (arXiv 2303.10512).
+    """
+
+    init_r: int = 12
+    ranks: Mapping[str, int] = field(default_factory=dict)  # by module; the others have init_r
+
+
+@dataclass(frozen=True, slots=True)
 class LoraConfig:
     """What decides the numbers of a LoRA adapter; the defaults are those of PEFT.
 
@@ -54,26 +66,42 @@ class LoraConfig:
     rank_pattern: Patterns = Patterns()
     alpha_pattern: Patterns = Patterns()
     fan_in_fan_out: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    kasa: bool = False
+    adalora: AdaLora | None = None
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
     ignored: tuple[str, ...] = ()  # fields that are set and steered the training only
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module, named as the adapter names it."""
+        if self.adalora:
+            return self.adalora.ranks.get(module, self.adalora.init_r)
         return int(self.rank_pattern.lookup(module, self.r))
 
     def scale(self, module: str) -> float:
         """The factor s of `s * B @ A`: alpha / r, or alpha / sqrt(r) with `use_rslora`.
 
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+        AdaLoRA knows neither that nor patterns, and keeps its first rank: alpha / (init_r + 1e-5).
         """
+        if self.adalora:
+            alpha = self.alpha if self.alpha > 0 else self.rank(module)
+            return alpha / (self.adalora.init_r + 1e-5)
         rank = self.rank(module)
         divisor = math.sqrt(rank) if self.use_rslora else rank
         return self.alpha_pattern.lookup(module, self.alpha) / divisor
 
 
-def read_config(path: Path, problems: Problems) -> LoraConfig | None:
-    """Read an adapter's config; what is wrong with it goes to `problems`, and None comes back."""
+def read_config(
+    path: Path, problems: Problems, *, assume_residual_base: bool = False
+) -> LoraConfig | None:
+    """Read an adapter's config; what is wrong with it goes to `problems`, and None comes back.
+
+    `assume_residual_base` is the user's word that the base is the one which an initialisation
+    such as PiSSA's left behind.
+    """
     before = len(problems)
     try:
         raw = parse_json(read_small(str(path), MOST_BYTES), str(path), "the adapter's config")
@@ -84,7 +112,7 @@ def read_config(path: Path, problems: Problems) -> LoraConfig | None:
     if other_kind is not None:
         problems.add(other_kind)
         return None
-    for refused in refused_fields(raw, str(path)):
+    for refused in refused_fields(raw, str(path), assume_residual_base=assume_residual_base):
         problems.add(refused)
     config = _Fields(raw, str(path), problems).config()
     return config if len(problems) == before else None
@@ -105,6 +133,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_flags(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_flag, value))
+
+
 def _is_name(value: object) -> bool:
     return value is None or isinstance(value, str)
 
@@ -123,18 +155,38 @@ class _Fields:
 
     def config(self) -> LoraConfig:
         count, number = "a positive whole number", "a number, finite and of sensible size"
+        adalora = self._adalora() if self._raw["peft_type"] == "ADALORA" else None
         return LoraConfig(
             r=self._take("r", 8, _is_count, count),
             alpha=self._take("lora_alpha", 8.0, _is_number, number),
             use_rslora=self._take("use_rslora", False, _is_flag, "true or false"),
-            rank_pattern=self._patterns("rank_pattern", _is_count, count),
+            rank_pattern=Patterns()
+            if adalora
+            else self._patterns("rank_pattern", _is_count, count),
             alpha_pattern=self._patterns("alpha_pattern", _is_number, number),
             fan_in_fan_out=self._take("fan_in_fan_out", False, _is_flag, "true or false"),
+            use_dora=self._take("use_dora", False, _is_flag, "true or false"),
+            lora_bias=self._take("lora_bias", False, _is_flag, "true or false"),
+            kasa=not is_off(self._raw.get("kasa_config")),
+            adalora=adalora,
             base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
             peft_version=self._take("peft_version", None, _is_name, "a version"),
             ignored=tuple(
                 key for key in self._raw if key in IGNORED and not is_off(self._raw[key])
             ),
+        )
+
+    def _adalora(self) -> AdaLora:
+        """Its `rank_pattern` says of each singular value whether it stays, by the key of lora_E."""
+        kept: dict[str, list[bool]] = self._take(
+            "rank_pattern",
+            {},
+            _all(_is_flags),
+            "names of lora_E, each with a list of true or false",
+        )
+        return AdaLora(
+            init_r=self._take("init_r", 12, _is_count, "a positive whole number"),
+            ranks={key.partition(".lora_E")[0]: sum(flags) for key, flags in kept.items()},
         )
 
     def _take(

@@ -29,20 +29,19 @@ class Extra:
     why: str
     remedy: str = MERGE_FIRST
     plain: tuple[object, ...] = ()
+    residual: bool = False  # it changed the base when training started, and asks for nothing else
 
+
+_CONVERT: Final = (
+    "convert it to plain LoRA in PEFT: save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=...); or merge it there into the changed base"
+)
+_RESIDUAL: Final = (
+    "if the base of this merge is that changed base, say so beside the adapter in the recipe: "
+    "assume_residual_base: true"
+)
 
 EXTRAS: Final = (
-    Extra(
-        "use_dora",
-        "DoRA",
-        "it rescales every row of the adapted weight to a length of its own, so the update is no "
-        "low-rank product; not supported yet",
-    ),
-    Extra(
-        "lora_bias",
-        "a trained bias of lora_B",
-        "it changes the bias of the layer beside the weight; not supported yet",
-    ),
     Extra(
         "bias",
         "trained biases",
@@ -96,6 +95,8 @@ EXTRAS: Final = (
         "kasa_config",
         "KaSA",
         "it cuts the smallest singular values off the base when training starts",
+        f"{_RESIDUAL}; if not, {MERGE_FIRST}",
+        residual=True,
     ),
     Extra(
         "megatron_config",
@@ -109,9 +110,9 @@ EXTRAS: Final = (
         "PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the base when training starts, so the "
         "adapter is the difference from that changed base and not from this one; only true, "
         "false, gaussian, eva, orthogonal and mica leave the base as it is",
-        "convert it to plain LoRA in PEFT: save_pretrained(..., "
-        "path_initial_model_for_weight_conversion=...); or merge it there into the changed base",
+        f"{_RESIDUAL}; if not, {_CONVERT}",
         plain=(True, "gaussian", "eva", "orthogonal", "mica"),
+        residual=True,
     ),
     Extra(
         "ensure_weight_tying",
@@ -157,6 +158,23 @@ USED: Final = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "fan_in_fan_out",
+        "use_dora",
+        "lora_bias",
+    ]
+)
+
+# The fields that only AdaLoRA has: `init_r` decides its scale, the others steered the training.
+ADALORA: Final = frozenset(
+    [
+        "init_r",
+        "target_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
     ]
 )
 
@@ -175,7 +193,6 @@ NO_WEIGHTS: Final = {
 
 # Adapters that change weights in another way than LoRA does; others keep the name PEFT gives them.
 OTHER_WEIGHTS: Final = {
-    "ADALORA": "AdaLoRA",
     "IA3": "IA3",
     "LOHA": "LoHa",
     "LOKR": "LoKr",
@@ -208,12 +225,19 @@ def is_off(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def refused_fields(raw: Mapping[str, Any], where: str) -> Iterator[BadInput]:
-    """What the config of a LoRA asks for that is not merged, each field by its name."""
+def refused_fields(
+    raw: Mapping[str, Any], where: str, *, assume_residual_base: bool = False
+) -> Iterator[BadInput]:
+    """What the config of a LoRA asks for that is not merged, each field by its name.
+
+    With `assume_residual_base`, initialisations that changed the base are taken: the base of the
+    merge is said to be the changed one.
+    """
     for extra in EXTRAS:
         value = raw.get(extra.field)
         said = value.lower() if isinstance(value, str) else value
-        if not is_off(value) and said not in extra.plain:
+        granted = extra.residual and assume_residual_base
+        if not is_off(value) and said not in extra.plain and not granted:
             yield BadInput(
                 f"{extra.what} cannot be merged: {extra.why}",
                 where=where,
@@ -221,6 +245,8 @@ def refused_fields(raw: Mapping[str, Any], where: str) -> Iterator[BadInput]:
                 remedy=extra.remedy,
             )
     known = USED | IGNORED | {extra.field for extra in EXTRAS}
+    if raw.get("peft_type") == "ADALORA":
+        known |= ADALORA
     for field, value in raw.items():
         if field not in known and not is_off(value):
             yield BadInput(
@@ -235,14 +261,14 @@ def refused_fields(raw: Mapping[str, Any], where: str) -> Iterator[BadInput]:
 
 def refused_type(peft_type: object, where: str) -> BadInput | None:
     """The refusal of every kind of adapter but LoRA, under the name people know it by."""
-    if peft_type == "LORA":
+    if peft_type in ("LORA", "ADALORA"):
         return None
     if not isinstance(peft_type, str):
         return BadInput(
             "`peft_type` does not say what kind of adapter this is",
             where=where,
             found=show(peft_type),
-            expected='"LORA"',
+            expected='"LORA" or "ADALORA"',
             remedy="save the adapter again with PEFT, which writes it",
         )
     in_words = NO_WEIGHTS.get(peft_type) or OTHER_WEIGHTS.get(peft_type, show(peft_type))
@@ -250,6 +276,6 @@ def refused_type(peft_type: object, where: str) -> BadInput | None:
         f"only LoRA adapters are merged; this one is {in_words}",
         where=where,
         found=f"peft_type: {show(peft_type)}",
-        expected='"LORA"',
+        expected='"LORA" or "ADALORA"',
         remedy=_NOT_ONE_WEIGHT if peft_type in NO_WEIGHTS else f"if PEFT can, {MERGE_FIRST}",
     )

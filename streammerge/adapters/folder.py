@@ -36,18 +36,19 @@ class AdapterFolder:
     notes: tuple[str, ...]  # one line each, for the plan
 
 
-def open_adapter(path: Path, name: str) -> AdapterFolder:
+def open_adapter(path: Path, name: str, *, assume_residual_base: bool = False) -> AdapterFolder:
     """Open an adapter's folder: its config and the header of its tensors, no tensor byte.
 
-    `name` is what the recipe calls it. Where the folder is the parent of one adapter, as trainers
-    and PEFT's named adapters leave it, that one is opened. Raises InputMissing when the folder or
-    one of its two files is not there, BadInput when it is no LoRA adapter, asks for more than can
-    be merged or is damaged, and Refused when several things are wrong.
+    `name` is what the recipe calls it, and `assume_residual_base` its word that the base is the one
+    which the adapter's initialisation left behind. Where the folder is the parent of one adapter,
+    as trainers and PEFT's named adapters leave it, that one is opened. Raises InputMissing when the
+    folder or one of its two files is not there, BadInput when it is no LoRA adapter, asks for more
+    than can be merged or is damaged, and Refused when several things are wrong.
     """
     given, path = path, find_adapter(path)
     held = _names_in(path)
     problems = Problems()
-    config = read_config(path / CONFIG, problems)
+    config = read_config(path / CONFIG, problems, assume_residual_base=assume_residual_base)
     header = _read_weights(path, held, problems)
     problems.raise_any()
     assert config is not None and header is not None  # else there was a problem

@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors: which belong together, and which are more than plain LoRA.
+"""The names of an adapter's tensors: which belong together, and which are no LoRA.
 
 PEFT writes `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`. Other writers leave the
 adapter's name in (`.lora_A.default.weight`) or a wrapper of torch.compile (`_orig_mod.`).
@@ -7,21 +7,41 @@ adapter's name in (`.lora_A.default.weight`) or a wrapper of torch.compile (`_or
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from streammerge.adapters.faults import MERGE_FIRST, Fault, Findings
+from streammerge.adapters.pairs import Pair, pair_up
 from streammerge.words import Extent
 
-_FACTOR: Final = re.compile(r"(?P<module>.+?)\.lora_(?P<which>[AB])(\.(?P<name>[^.]+))?\.weight")
+# `<module>.lora_A.weight`, or with the adapter's name: `<module>.lora_A.default.weight`.
+_PART: Final = re.compile(
+    r"(?P<module>.+?)\.lora_(?P<what>A|B|E|diag|embedding_A|embedding_B|magnitude_vector)"
+    r"(?P<name>(\.[^.]+)??)(?P<end>(\.(weight|bias))?)"
+)
+# What and end of a key -> the part of the module's pair that it is. PEFT stores a magnitude without
+# `.weight`, as its first versions named it; a raw checkpoint has it as the module's parameter.
+_PARTS: Final = {
+    ("A", ".weight"): "A",
+    ("B", ".weight"): "B",
+    ("B", ".bias"): "bias",
+    ("A", ""): "svd_A",
+    ("B", ""): "svd_B",
+    ("E", ""): "E",
+    ("diag", ""): "diag",
+    ("embedding_A", ""): "embedding_A",
+    ("embedding_B", ""): "embedding_B",
+    ("magnitude_vector", ""): "magnitude",
+    ("magnitude_vector", ".weight"): "magnitude",
+}
 _PEFT_PREFIX: Final = "base_model.model."
 _COMPILED: Final = "_orig_mod."
 
 # VeLoRA's projection and MonteCLoRA's sampler: they acted in training and add nothing to a weight.
 _TRAINING_STATE: Final = re.compile(r"\.lora_(velora_|monteclora_sampler)")
 
-_PAIRS_ONLY: Final = "pairs of lora_A.weight and lora_B.weight"
+_PAIRS_ONLY: Final = "pairs of lora_A and lora_B, and what PEFT saves beside them"
 
 # PEFT does this for every adapter on an embedding or a head ("auto", the default).
 _WITHOUT_COPY: Final = (
@@ -34,11 +54,6 @@ _OTHER_TENSORS: Final = tuple(
     (re.compile(pattern), Fault(f"{what}, which cannot be merged yet", _PAIRS_ONLY, remedy))
     for pattern, what, remedy in (
         (r"\.base_layer\..*lora_[AB]", "LoRA on several parameters of one module", MERGE_FIRST),
-        (r"\.lora_embedding_[AB]", "LoRA on an embedding", MERGE_FIRST),
-        (r"\.lora_magnitude_vector", "magnitude vectors of DoRA", MERGE_FIRST),
-        (r"\.lora_[AB]\.(.*\.)?bias$", "biases of LoRA factors (lora_bias)", MERGE_FIRST),
-        (r"\.lora_diag", "singular values of KaSA", MERGE_FIRST),
-        (r"\.lora_(E|ranknum)", "singular values of AdaLoRA", MERGE_FIRST),
         (r"\.(token_adapter\.|trainable_tokens_)", "trainable tokens", MERGE_FIRST),
         (r"\.base_layer\.weight$", "weights of the base beside the adapter", _WITHOUT_COPY),
         (r"^(?!.*lora_).*\.(weight|bias)$", "modules or biases trained in full", MERGE_FIRST),
@@ -46,46 +61,11 @@ _OTHER_TENSORS: Final = tuple(
     )
 )
 
-_LONELY: Final = Fault(
-    "a factor without its other half",
-    "lora_A.weight and lora_B.weight of each module",
-    "the adapter was saved incompletely: save it again",
-)
 _SEVERAL_NAMES: Final = Fault(
     "tensors under more than one adapter name in one file",
     "the tensors of one adapter, under one name or none",
     "save each adapter into a folder of its own with PEFT",
 )
-_FLAT: Final = "matrices, [r, in] and [out, r]"
-_CONVOLUTION: Final = Fault("LoRA on a convolution, which cannot be merged yet", _FLAT)
-_BY_DIMENSIONS: Final = {
-    3: Fault("LoRA on a 1-d convolution or on stacked experts, which cannot be merged yet", _FLAT),
-    4: _CONVOLUTION,
-    5: _CONVOLUTION,
-}
-_NO_MATRIX: Final = Fault(
-    "factors that are no matrices, as sharded training leaves them",
-    _FLAT,
-    "gather the shards (DeepSpeed ZeRO-3, FSDP) before save_pretrained, and save it again",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The two factors that an adapter holds for one module: A `[r, in]` and B `[out, r]`."""
-
-    module: str
-    a: Extent
-    b: Extent
-
-    @property
-    def rank(self) -> int:
-        return self.a.spec.shape[0]
-
-    @property
-    def update_shape(self) -> tuple[int, int]:
-        """The shape of `B @ A`, `(out, in)`."""
-        return self.b.spec.shape[0], self.a.spec.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +78,15 @@ class Contents:
 
 def sort_tensors(tensors: Mapping[str, Extent], findings: Findings) -> Contents:
     """Pair the factors of an adapter; everything that is no such pair goes to `findings`."""
-    halves: dict[str, dict[str, Extent]] = {}  # module -> "A" or "B" -> factor
-    names: dict[str | None, str] = {}  # adapter name in the keys -> the first key that has it
+    parts: dict[str, dict[str, Extent]] = {}  # module -> part of its pair -> tensor
+    names: dict[str, str] = {}  # adapter name in the keys -> the first key that has it
     training_state = 0
     for key, extent in tensors.items():
-        factor = _FACTOR.fullmatch(key)
-        if factor and ".base_layer." not in key:
-            names.setdefault(factor["name"], key)
-            halves.setdefault(factor["module"], {})[factor["which"]] = extent
+        found = _PART.fullmatch(key)
+        part = _PARTS.get((found["what"], found["end"])) if found else None
+        if found and part and ".base_layer." not in key:
+            names.setdefault(found["name"], key)
+            parts.setdefault(found["module"], {})[part] = extent
         elif _TRAINING_STATE.search(key):
             training_state += 1
         else:
@@ -114,20 +95,8 @@ def sort_tensors(tensors: Mapping[str, Extent], findings: Findings) -> Contents:
         for key in names.values():
             findings.add(_SEVERAL_NAMES, key)
         return Contents((), training_state)
-    return Contents(tuple(_pairs(halves, findings)), training_state)
-
-
-def _pairs(halves: Mapping[str, Mapping[str, Extent]], findings: Findings) -> Iterator[Pair]:
-    for module, (raw, half) in zip(unwrapped(list(halves)), halves.items(), strict=True):
-        if len(half) < 2:
-            findings.add(_LONELY, f"{raw}.lora_{next(iter(half))}.weight")
-            continue
-        odd = next((one.spec for one in half.values() if len(one.spec.shape) != 2), None)
-        if odd:
-            fault = _BY_DIMENSIONS.get(len(odd.shape), _NO_MATRIX)
-            findings.add(fault, f"{odd.name} {list(odd.shape)}")
-        else:
-            yield Pair(module, half["A"], half["B"])
+    pairs = pair_up(unwrapped(list(parts)), parts, findings)
+    return Contents(tuple(pairs), training_state)
 
 
 def unwrapped(modules: Sequence[str]) -> list[str]:

@@ -1,17 +1,17 @@
-"""One LoRA on one weight: its scale, its orientation, and whether it fits.
+"""One LoRA on one weight: whether it fits, which way it lies, and what it does.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: `W + s * B @ A`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.faults import Fault, Findings
-from streammerge.adapters.keys import Pair
-from streammerge.words import Extent, Factors, Matrix
+from streammerge.adapters.pairs import Pair
+from streammerge.words import Dora, Extent, Factors, Matrix, TensorSpec
 
 # Model types whose linear layers are Conv1D, which stores its weight as [in, out].
 CONV1D_MODELS: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -32,6 +32,37 @@ _OTHER_SHAPE: Final = Fault(
     "check that the adapter belongs to this base; where only the rows of an embedding or head "
     "differ, the adapter was trained with another vocabulary",
 )
+_OTHER_LENGTH: Final = Fault(
+    "tensors beside the factors whose length is not that of the layer",
+    "a magnitude for each output feature, a singular value for each rank",
+    "check that the adapter belongs to this base",
+)
+_GROUPED: Final = Fault(
+    "LoRA on a convolution with groups, which PEFT does not merge either",
+    "convolutions with one group: B @ A mixes all inputs, the base's kernel does not",
+    "leave the grouped convolutions out of target_modules, or serve the adapter with PEFT",
+)
+_MIXED: Final = "put the adapter_config.json that was saved with these tensors beside them"
+_DORA: Final = Fault(
+    "modules whose magnitude vector (DoRA) is unlike the config's `use_dora`",
+    "lora_magnitude_vector of each module with use_dora: true, and of none without",
+    _MIXED,
+)
+_BIAS: Final = Fault(
+    "modules whose bias of lora_B is unlike the config's `lora_bias`",
+    "lora_B.bias of each module with lora_bias: true, and of none without",
+    _MIXED,
+)
+_ADALORA: Final = Fault(
+    "modules whose singular values (lora_E) are unlike the config's `peft_type`",
+    'lora_A, lora_B and lora_E of each module with "ADALORA", lora_A.weight with "LORA"',
+    _MIXED,
+)
+_KASA: Final = Fault(
+    "modules whose diagonal (lora_diag) is unlike the config's `kasa_config`",
+    "lora_diag of each module with a kasa_config, and of none without",
+    _MIXED,
+)
 _NO_FLOATS: Final = Fault(
     "factors that are no floating-point numbers",
     "F64, F32, F16 or BF16",
@@ -44,33 +75,96 @@ _CODES: Final = Fault(
 )
 
 
-def low_rank(a: Extent, b: Extent, scale: float, *, transposed: bool = False) -> Factors:
-    """`scale * B @ A` as an update of the stored tensor, A being `[r, in]` and B `[out, r]`.
+def low_rank(
+    a: Extent, b: Extent, scale: float, *, transposed: bool = False, values: Extent | None = None
+) -> Factors:
+    """`scale * B @ diag(values) @ A` as an update of the stored tensor; A `[r, in]`, B `[out, r]`.
 
     `transposed` says that the base stores this weight as `[in, out]`.
     """
     left, right = (a, b) if transposed else (b, a)
-    return Factors(scale, Matrix(left, transposed), Matrix(right, transposed))
+    return Factors(scale, Matrix(left, transposed), Matrix(right, transposed), values)
+
+
+def update_of(pair: Pair, scale: float, *, transposed: bool) -> Factors | Dora:
+    """What a pair does to its weight."""
+    factors = low_rank(pair.a, pair.b, scale, transposed=transposed, values=pair.values)
+    if pair.magnitude is None:
+        return factors
+    return Dora(factors, pair.magnitude, "columns" if transposed else "rows")
 
 
 def fits(pair: Pair, target: Extent, config: LoraConfig, findings: Findings) -> bool:
     """Whether a pair can be added to its target; what is wrong goes to `findings`."""
-    a, b, weight = pair.a.spec, pair.b.spec, target.spec
-    expected, update = config.rank(pair.module), pair.update_shape
-    mistakes: dict[Fault, str] = {}
-    if pair.rank != b.shape[1]:
-        mistakes[_UNEQUAL_RANKS] = f"lora_A {list(a.shape)}, lora_B {list(b.shape)}"
-    elif pair.rank != expected:
-        mistakes[_OTHER_RANK] = f"rank {pair.rank} in the file, {expected} in the config"
-    if weight.shape not in (update, update[::-1]):
-        mistakes[_OTHER_SHAPE] = f"update {list(update)}, base {list(weight.shape)}"
-    if not (a.dtype.mergeable and b.dtype.mergeable):
-        mistakes[_NO_FLOATS] = f"lora_A {a.dtype.label}, lora_B {b.dtype.label}"
-    if not weight.dtype.mergeable:
-        mistakes[_CODES] = f"{weight.dtype.label} {list(weight.shape)}"
-    for fault, line in mistakes.items():
+    mistakes = [*_unlike_config(pair, config), *_unlike_target(pair, target), *_no_numbers(pair)]
+    for fault, line in mistakes:
         findings.add(fault, f"{pair.module}: {line}")
     return not mistakes
+
+
+def _unlike_config(pair: Pair, config: LoraConfig) -> Iterator[tuple[Fault, str]]:
+    """Ranks, and what stands beside the factors: a config and a file of two adapters differ."""
+    for fault, said, held in (
+        (_DORA, config.use_dora, pair.magnitude is not None),
+        (_BIAS, config.lora_bias and not pair.embedding, pair.bias is not None),
+        (_ADALORA, config.adalora is not None, pair.svd),
+        (_KASA, config.kasa, pair.values is not None and not pair.svd),
+    ):
+        if said != held:
+            yield fault, f"{_yes(held)} in the file, {_yes(said)} in the config"
+    a, b = pair.a.spec, pair.b.spec
+    expected = config.rank(pair.module)
+    if pair.rank != b.shape[1]:
+        yield _UNEQUAL_RANKS, f"lora_A {list(a.shape)}, lora_B {list(b.shape)}"
+    elif pair.rank != expected:
+        yield _OTHER_RANK, f"rank {pair.rank} in the file, {expected} in the config"
+    for extent, length in ((pair.values, pair.rank), (pair.magnitude, pair.outputs)):
+        if extent is not None and extent.spec.numel != length:
+            yield _OTHER_LENGTH, f"{extent.spec.name} {list(extent.spec.shape)}, not {length}"
+
+
+def _unlike_target(pair: Pair, target: Extent) -> Iterator[tuple[Fault, str]]:
+    weight, update = target.spec, pair.update_shape
+    if not weight.dtype.mergeable:
+        yield _CODES, f"{weight.dtype.label} {list(weight.shape)}"
+    groups = _groups(pair, weight)
+    if groups > 1:
+        yield _GROUPED, f"{groups} groups, base {list(weight.shape)}"
+        return
+    if not matches(pair, weight):
+        yield _OTHER_SHAPE, f"update {list(update)}, base {list(weight.shape)}"
+
+
+def _groups(pair: Pair, weight: TensorSpec) -> int:
+    """How often the base's kernel goes into the inputs of the factors."""
+    if not pair.kernel or weight.shape[2:] != pair.kernel or not weight.numel:
+        return 1
+    groups, rest = divmod(pair.update_shape[1], weight.shape[1])
+    return 1 if rest else groups
+
+
+def matches(pair: Pair, weight: TensorSpec) -> bool:
+    """Whether the update has the shape of the stored weight, or of its transpose."""
+    shape = pair.update_shape
+    if pair.svd and len(weight.shape) > 2:  # AdaLoRA stores a convolution's kernel flat
+        return shape == (weight.shape[0], weight.numel // weight.shape[0])
+    return weight.shape == shape or (pair.has_orientation and weight.shape == shape[::-1])
+
+
+def _no_numbers(pair: Pair) -> Iterator[tuple[Fault, str]]:
+    labels = ("lora_A", "lora_B", "values", "magnitude", "bias of lora_B")
+    held = (pair.a, pair.b, pair.values, pair.magnitude, pair.bias)
+    codes = [
+        f"{label} {one.spec.dtype.label}"
+        for label, one in zip(labels, held, strict=True)
+        if one is not None and not one.spec.dtype.mergeable
+    ]
+    if codes:
+        yield _NO_FLOATS, ", ".join(codes)
+
+
+def _yes(there: bool) -> str:
+    return "there" if there else "not there"
 
 
 class Orientation:
@@ -90,7 +184,7 @@ class Orientation:
     ) -> None:
         self._kinds: dict[str, set[bool]] = {}
         for pair, target in targets:
-            if pair.update_shape[0] != pair.update_shape[1]:
+            if pair.has_orientation and pair.update_shape[0] != pair.update_shape[1]:
                 transposed = target.spec.shape != pair.update_shape
                 self._kinds.setdefault(_kind(pair), set()).add(transposed)
         self._conv1d = base_config.get("model_type") in CONV1D_MODELS
@@ -98,6 +192,8 @@ class Orientation:
 
     def transposed(self, pair: Pair, target: Extent) -> bool:
         """Whether `target` is stored as the transpose of `pair`'s product."""
+        if not pair.has_orientation or len(target.spec.shape) > 2:
+            return pair.embedding
         if pair.update_shape[0] != pair.update_shape[1]:
             return target.spec.shape != pair.update_shape
         of_its_kind = self._kinds.get(_kind(pair), set())

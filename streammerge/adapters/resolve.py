@@ -9,12 +9,13 @@ from typing import Any, Final
 
 from streammerge.adapters.faults import Fault, Findings
 from streammerge.adapters.folder import AdapterFolder
-from streammerge.adapters.keys import Pair, sort_tensors
-from streammerge.adapters.lora import Orientation, fits, low_rank
+from streammerge.adapters.keys import sort_tensors
+from streammerge.adapters.lora import Orientation, fits, update_of
 from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors
+from streammerge.adapters.pairs import Pair
 from streammerge.errors import BadInput, Problems
 from streammerge.storage.smallfile import show
-from streammerge.words import Extent, Factors, Update
+from streammerge.words import Addition, Extent, Factors, Update
 
 HEAD: Final = "lm_head"
 
@@ -23,6 +24,17 @@ _TIED_HEAD: Final = Fault(
     "layers with a weight of their own: adding to the shared one would change the embedding too",
     "untie the base first (tie_word_embeddings: false, with lm_head.weight stored), or train "
     "without the head",
+)
+_TIED_EMBEDDING: Final = Fault(
+    "LoRA on an embedding that shares its weight with the head, which cannot be merged yet",
+    "layers with a weight of their own: adding to the shared one would change the head too",
+    "untie the base first (tie_word_embeddings: false, with lm_head.weight stored), or train "
+    "without the embedding",
+)
+_NO_BIAS: Final = Fault(
+    "biases of lora_B on layers of the base that have none",
+    "a bias of the layer to add it to, of one number for each output feature",
+    "train without lora_bias: no merged weight can hold such a bias; PEFT cannot merge it either",
 )
 
 
@@ -52,9 +64,11 @@ def resolve_adapter(
     named = zip(pairs, names, strict=True)
     targets = [(pair, base[tensors[name]]) for pair, name in named if name in tensors]
     sound = [one for one in targets if fits(*one, folder.config, findings)]
-    _raise_any(findings, folder, bool(pairs))
     updates = _updates(folder, sound, Orientation(sound, base_config, folder.config))
+    updates |= _biases(folder, sound, base, findings)
+    _raise_any(findings, folder, bool(pairs))
     notes = [*folder.notes, *_notes(folder, updates, base, move, contents.training_state)]
+    notes += _empty(pairs)
     in_order = {name: updates[name] for name in base if name in updates}
     return ResolvedAdapter(folder, in_order, tuple(notes))
 
@@ -65,12 +79,15 @@ def _own_weights(
     base_config: Mapping[str, Any],
     findings: Findings,
 ) -> Iterator[Pair]:
-    """The pairs without those on a tied head, which go to `findings`."""
+    """The pairs without those on a shared weight, which go to `findings`."""
     heads = [pair for pair in pairs if pair.module.rpartition(".")[2] == HEAD]
-    tied = bool(heads) and _head_is_tied(base, base_config)
+    embeddings = [pair for pair in pairs if pair.embedding]
+    tied = bool(heads or embeddings) and _head_is_tied(base, base_config)
     for pair in pairs:
         if tied and pair in heads:
             findings.add(_TIED_HEAD, pair.module)
+        elif tied and pair in embeddings:
+            findings.add(_TIED_EMBEDDING, pair.module)
         else:
             yield pair
 
@@ -105,14 +122,33 @@ def _updates(
 ) -> dict[str, Update]:
     """By the base tensor's name."""
     return {
-        target.spec.name: low_rank(
-            pair.a,
-            pair.b,
+        target.spec.name: update_of(
+            pair,
             folder.config.scale(pair.module),
             transposed=orientation.transposed(pair, target),
         )
         for pair, target in targets
+        if pair.rank
     }
+
+
+def _biases(
+    folder: AdapterFolder,
+    targets: Sequence[tuple[Pair, Extent]],
+    base: Mapping[str, Extent],
+    findings: Findings,
+) -> dict[str, Update]:
+    """What biases of lora_B add to those of the base; where it has none goes to `findings`."""
+    found: dict[str, Update] = {}
+    for pair, target in targets:
+        if pair.bias is None:
+            continue
+        own = base.get(target.spec.name.removesuffix(".weight") + ".bias")
+        if own is None or own.spec.shape != pair.bias.spec.shape or not own.spec.dtype.mergeable:
+            findings.add(_NO_BIAS, f"{pair.module}: {list(pair.bias.spec.shape)}")
+        else:
+            found[own.spec.name] = Addition(folder.config.scale(pair.module), pair.bias)
+    return found
 
 
 # ----------------------------------------------------------------------------------------- notes
@@ -135,6 +171,12 @@ def _notes(
     silent = sum(isinstance(one, Factors) and one.scale == 0 for one in updates.values())
     if silent:
         yield f"alpha is 0 for {silent} of its {len(updates)} tensors: these stay unchanged"
+
+
+def _empty(pairs: Sequence[Pair]) -> list[str]:
+    """AdaLoRA may leave a module no rank at all."""
+    count = sum(pair.rank == 0 for pair in pairs)
+    return [f"{count} of its {len(pairs)} modules have rank 0 and change nothing"] if count else []
 
 
 def _is_folder_of(base: Mapping[str, Extent], named: str) -> bool:

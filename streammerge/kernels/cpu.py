@@ -77,6 +77,30 @@ def sum_of_squared_differences(rows, base):  # [n], [n]
     return total
 
 
+@njit(types.void(_rows, _f64), cache=CACHED, nogil=True)
+def squares_of_columns(rows, sums):  # [rows, cols], [cols]
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            sums[j] += np.float64(rows[i, j]) * np.float64(rows[i, j])
+
+
+@njit(types.void(_rows, _rows, _f64), cache=CACHED, nogil=True)
+def squares_of_summed_rows(rows, added, sums):  # [rows, cols], [rows, cols], [rows]
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            total = np.float64(rows[i, j] + added[i, j])
+            sums[i] += total * total
+
+
+@njit(types.void(_rows, _rows, _f64, _f64), cache=CACHED, nogil=True)
+def rescale(rows, change, by_row, by_column):  # [rows, cols], [rows, cols], [rows], [cols]
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            factor = by_row[i] * by_column[j]
+            grown = (factor - 1.0) * np.float64(rows[i, j])
+            change[i, j] = np.float32(grown + factor * np.float64(change[i, j]))
+
+
 @njit(types.void(_f32, types.float32, _f32), cache=CACHED, nogil=True)
 def add_scaled(out, factor, rows):  # [n], scalar, [n]
     for i in range(out.size):

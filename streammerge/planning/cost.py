@@ -8,6 +8,7 @@ from heapq import nlargest
 
 from streammerge import grid
 from streammerge.planning.jobs import CopyJob, Job, MergeJob
+from streammerge.sources.prepared import Prepared
 from streammerge.words import Merged, StatisticValue, Tile
 
 # As many jobs as are ever in flight at once.
@@ -92,7 +93,8 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
 
 
 def _samples(merged: Merged) -> dict[Tile, list[str]]:
-    """The thinned tiles that the first folds want to see, and which folds."""
+    """The thinned tiles that the first folds of the method want to see, and which folds."""
+    merged = merged.merged if isinstance(merged, Prepared) else merged
     tiles = grid.tiles(merged.spec)
     found: dict[Tile, list[str]] = {}
     for name, fold in merged.start(0, {}).items():

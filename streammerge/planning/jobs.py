@@ -14,7 +14,9 @@ from streammerge.sources.adapted import Adapted, Change
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.sources.dense import Dense
+from streammerge.sources.dora import DoraOfColumns, DoraOfRows
 from streammerge.sources.low_rank import Product
+from streammerge.sources.prepared import Prepared
 from streammerge.sources.scaled import Scaled
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
@@ -88,13 +90,13 @@ class Composer:
         chosen = [sources[i] for i in part]
         knobs = Knobs(self._per_model, self._shared, len(sources), part)
         if self._method.returns == "rows":
-            return MergeJob(Applied(self._method, knobs, base, chosen), target, part)
+            return _merge_job(Applied(self._method, knobs, base, chosen), chosen, target, part)
         merged = Combined(self._files, self._method, knobs, base, chosen)
         found = None if merged.waves() else merged.coefficients({})
         factors = [found.models[i] for i in part] if found else []
         numbers = [factor for factor in factors if isinstance(factor, float)]
         if found is None or found.base != 1.0 or len(numbers) < len(part):
-            return MergeJob(merged, target, part)
+            return _merge_job(merged, chosen, target, part)
         return self._weighted(base, chosen, numbers, part, target)
 
     def _sources(self, name: str, base: Dense | None) -> list[Source]:
@@ -122,7 +124,10 @@ class Composer:
                 change = Product(self._files, [update])
             case Addition():
                 change = Scaled(self._files, update)
-            case Dora() | Replacement():
+            case Dora():
+                kind = DoraOfRows if update.norms_of == "rows" else DoraOfColumns
+                change = kind(self._files, rows, update)
+            case Replacement():
                 raise TypeError(f"no source does this yet: {update}")
         return Adapted(rows, change, on_base=on_base)
 
@@ -144,10 +149,19 @@ class Composer:
         same = merged.same_as()
         if same is not None and same.spec.dtype == target.spec.dtype:
             return CopyJob(same.extent, target)
-        return MergeJob(merged, target, part)
+        return _merge_job(merged, models, target, part)
 
     def _unchanged(self, base: Dense, target: Extent) -> Job:
         """The base's own tensor, cast where the output's dtype differs."""
         if base.spec.dtype == target.spec.dtype:
             return CopyJob(base.extent, target)
         return MergeJob(WeightedSum(self._files, base, [base], [1.0], "weights"), target, ())
+
+
+def _merge_job(
+    merged: Merged, models: Sequence[Source], target: Extent, part: tuple[int, ...]
+) -> MergeJob:
+    """What the models must be given first is measured before everything else."""
+    if any(model.own_statistics for model in models):
+        merged = Prepared(merged, models)
+    return MergeJob(merged, target, part)

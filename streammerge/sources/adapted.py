@@ -8,7 +8,7 @@ import numpy as np
 
 from streammerge.arrays import Rows
 from streammerge.memory import Scratch
-from streammerge.words import Factors, Source, TensorSpec, Terms, Tile
+from streammerge.words import Factors, OwnStatistic, Source, TensorSpec, Terms, Tile
 
 
 class Change(Protocol):
@@ -17,6 +17,11 @@ class Change(Protocol):
     @property
     def needs_rows(self) -> bool:
         """Whether it depends on the rows that it is added to."""
+        ...
+
+    @property
+    def own_statistics(self) -> tuple[OwnStatistic, ...]:
+        """What it must be given first."""
         ...
 
     @property
@@ -62,6 +67,10 @@ class Adapted:
     @property
     def needs_base(self) -> bool:
         return not self._on_base or self._change.needs_rows
+
+    @property
+    def own_statistics(self) -> tuple[OwnStatistic, ...]:
+        return self._change.own_statistics + self._rows.own_statistics
 
     @property
     def resident_bytes(self) -> int:

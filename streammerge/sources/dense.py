@@ -8,13 +8,14 @@ from streammerge.arrays import Rows
 from streammerge.kernels.casts import widen
 from streammerge.memory import Scratch
 from streammerge.storage.bytesource import Files
-from streammerge.words import Extent, TensorSpec, Terms, Tile
+from streammerge.words import Extent, OwnStatistic, TensorSpec, Terms, Tile
 
 
 class Dense:
     """Rows as they lie in a safetensors file, widened to float32."""
 
     needs_base = True
+    own_statistics: tuple[OwnStatistic, ...] = ()
     resident_bytes = 0
     once_bytes = 0
 

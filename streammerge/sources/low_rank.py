@@ -12,8 +12,9 @@ from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.casts import widen
 from streammerge.kernels.product import gram, multiply, squared_norms
 from streammerge.memory import Scratch
+from streammerge.sources.vector import read_vector
 from streammerge.storage.bytesource import Files
-from streammerge.words import Factors, Matrix, Tile
+from streammerge.words import Factors, Matrix, OwnStatistic, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 class Product:
     """`sum of weight_i * scale_i * left_i @ right_i` as one product over the stacked factors.
+
+    A right factor's rows are multiplied by its `values`, where it has some, as it is read.
 
     The scale and the weight enter the left factor, `float32(weight_i * scale_i) * left_i`; that is
     the documented formula, and it costs `rows * rank` products instead of `rows * cols`.
@@ -30,6 +33,7 @@ class Product:
     """
 
     needs_rows = False
+    own_statistics: tuple[OwnStatistic, ...] = ()
 
     def __init__(
         self, files: Files, factors: Sequence[Factors], weights: Sequence[float] | None = None
@@ -64,7 +68,8 @@ class Product:
     @property
     def once_bytes(self) -> int:
         """Of the right factors."""
-        return sum(_stored_bytes(pair.right) for pair in self.factors)
+        values = sum(pair.values.spec.nbytes for pair in self.factors if pair.values is not None)
+        return values + sum(_stored_bytes(pair.right) for pair in self.factors)
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows = len(range(tile.start, tile.stop, tile.row_step))
@@ -163,6 +168,8 @@ class Product:
                 for pair in self.factors:
                     block = right[start : start + pair.rank]
                     self._read(pair.right, range(pair.rank), block, own)
+                    if pair.values is not None:
+                        block *= read_vector(self._files, pair.values)[:, np.newaxis]
                     start += pair.rank
                 self._right = right
             return self._right

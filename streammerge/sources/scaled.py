@@ -8,13 +8,14 @@ from streammerge.arrays import Rows
 from streammerge.memory import Scratch
 from streammerge.sources.dense import Dense
 from streammerge.storage.bytesource import Files
-from streammerge.words import Addition, Factors, Tile
+from streammerge.words import Addition, Factors, OwnStatistic, Tile
 
 
 class Scaled:
     """`float32(scale) * stored`: a change that depends on nothing else; see `adapted.Change`."""
 
     needs_rows = False
+    own_statistics: tuple[OwnStatistic, ...] = ()
     factors: tuple[Factors, ...] = ()
     resident_bytes = 0
     once_bytes = 0

@@ -216,8 +216,6 @@ def test_an_adapter_that_was_converted_to_plain_lora_is_taken(shelf: Shelf) -> N
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "dora": ("llama", "DoRA", {"target_modules": ["q_proj"], "use_dora": True}),
-    "lora-bias": ("qwen2", "lora_B", {"target_modules": ["q_proj"], "lora_bias": True}),
     "bias": ("qwen2", "trained biases", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "pissa": ("llama", "PiSSA", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
     "olora": ("llama", "OLoRA", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}),
@@ -271,10 +269,10 @@ def test_every_field_of_peft_is_known_and_off_by_default() -> None:
         assert field.name not in plain or is_off(default) or default in plain[field.name]
 
 
-def test_an_embedding_is_refused_by_name(shelf: Shelf) -> None:
-    model = model_of(shelf, "llama", "float32")
+def test_a_tied_embedding_is_refused_by_name(shelf: Shelf) -> None:
+    model = model_of(shelf, "qwen2", "float32")
     adapter = shelf.adapter("embedding", model, seed=1, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(StreammergeError, match="LoRA on an embedding") as caught:
+    with pytest.raises(BadInput, match="shares its weight with the head") as caught:
         resolve(model, adapter)
     assert "embed_tokens" in str(caught.value)
 

@@ -103,8 +103,6 @@ def test_patterns_match_like_pefts_expression(keys: list[list[str]], parts: list
 # ---------------------------------------------------------------------------- refused and ignored
 
 ASKED: dict[str, Any] = {
-    "use_dora": True,
-    "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [3],
@@ -175,8 +173,58 @@ def test_a_kind_that_nobody_knows_is_shown(tmp_path: Path, peft_type: object) ->
 
 
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
-    text = refused(tmp_path, use_dora=True, use_quantum=1, r=0, alpha_pattern=[1])
-    assert all(word in text for word in ("DoRA", "use_quantum", "`r`", "`alpha_pattern`"))
+    text = refused(tmp_path, bias="all", use_quantum=1, r=0, alpha_pattern=[1])
+    assert all(word in text for word in ("trained biases", "use_quantum", "`r`", "`alpha_pattern`"))
+
+
+# ------------------------------------------------------------------------------------- residuals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("init_lora_weights", "pissa"), ("kasa_config", {"beta": 0.1})]
+)
+def test_a_residual_base_is_taken_at_the_recipes_word(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    path = write_config(tmp_path, **{field: value})
+    assert "assume_residual_base: true" in judge(path)[1]
+    problems = Problems()
+    config = read_config(path, problems, assume_residual_base=True)
+    assert config is not None
+    assert config.kasa == (field == "kasa_config")
+
+
+def test_the_word_does_not_excuse_anything_else(tmp_path: Path) -> None:
+    problems = Problems()
+    path = write_config(tmp_path, init_lora_weights="olora", layer_replication=[[0, 1]])
+    assert read_config(path, problems, assume_residual_base=True) is None
+    assert ["layer replication" in str(problem) for problem in problems] == [True]
+
+
+# --------------------------------------------------------------------------------------- AdaLoRA
+
+ADALORA = {"peft_type": "ADALORA", "init_r": 6, "lora_alpha": 3, "total_step": 9, "deltaT": 2}
+
+
+def test_adalora_keeps_the_scale_of_its_first_rank(tmp_path: Path) -> None:
+    pattern = {"m.q_proj.lora_E": [True, False, True, True, False, False], "m.v.lora_E": [False]}
+    config = accepted(tmp_path, **ADALORA, rank_pattern=pattern, use_rslora=True)
+    assert [config.rank(module) for module in ("m.q_proj", "m.v", "m.other")] == [3, 0, 6]
+    assert config.scale("m.q_proj") == config.scale("m.other") == 3 / (6 + 1e-5)
+
+
+def test_adalora_without_alpha_scales_by_its_rank(tmp_path: Path) -> None:
+    config = accepted(tmp_path, **{**ADALORA, "lora_alpha": 0, "rank_pattern": None})
+    assert config.scale("q") == 6 / (6 + 1e-5)
+
+
+@pytest.mark.parametrize("pattern", [{"q.lora_E": 3}, {"q.lora_E": [1, 0]}, [True]])
+def test_adaloras_pattern_is_a_list_of_flags(tmp_path: Path, pattern: object) -> None:
+    assert "`rank_pattern`" in refused(tmp_path, **ADALORA, rank_pattern=pattern)
+
+
+def test_adaloras_fields_mean_nothing_to_lora(tmp_path: Path) -> None:
+    assert "'init_r'" in refused(tmp_path, init_r=12)
 
 
 # ------------------------------------------------------------------------------------ wrong types
@@ -197,6 +245,8 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
         ("lora_alpha", math.inf),
         ("lora_alpha", 10**400),
         ("use_rslora", 1),
+        ("use_dora", "yes"),
+        ("lora_bias", 1),
         ("fan_in_fan_out", "false"),
         ("rank_pattern", [1]),
         ("rank_pattern", {"q_proj": 0}),

@@ -129,9 +129,9 @@ def test_missing_weights(tmp_path: Path) -> None:
 
 
 def test_config_and_weights_are_both_judged(tmp_path: Path) -> None:
-    write_config(tmp_path, use_dora=True, r="8")
+    write_config(tmp_path, use_qalora=True, r="8")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     problem = refusal(tmp_path)
     assert isinstance(problem, Refused)
     text = str(problem)
-    assert all(word in text for word in ("DoRA", "`r`", "adapter_model.safetensors: is empty"))
+    assert all(word in text for word in ("QA-LoRA", "`r`", "adapter_model.safetensors: is empty"))

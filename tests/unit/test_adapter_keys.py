@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -81,14 +82,6 @@ def test_wrappers_are_dropped_where_all_have_them(raw: list[str], clean: list[st
 
 
 OTHER_TENSORS = [
-    ("model.embed_tokens.lora_embedding_A", (2, 9), "LoRA on an embedding"),
-    ("model.embed_tokens.lora_embedding_B.default", (4, 2), "LoRA on an embedding"),
-    (f"{Q}.lora_magnitude_vector", (4,), "magnitude vectors of DoRA"),
-    (f"{Q}.lora_magnitude_vector.default.weight", (4,), "magnitude vectors of DoRA"),
-    (f"{Q}.lora_B.bias", (4,), "biases of LoRA factors"),
-    (f"{Q}.lora_B.default.bias", (4,), "biases of LoRA factors"),
-    (f"{Q}.lora_diag", (2,), "KaSA"),
-    (f"{Q}.lora_E", (2, 1), "AdaLoRA"),
     ("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 4), "trainable tokens"),
     ("lm_head.base_layer.weight", (9, 4), "save_embedding_layers=False"),
     (f"{Q}.base_layer.bias", (4,), "trained in full"),
@@ -96,7 +89,8 @@ OTHER_TENSORS = [
     ("lm_head.weight", (9, 4), "trained in full"),
     ("lm_head.modules_to_save.default.weight", (9, 4), "trained in full"),
     ("model.layers.0.mlp.experts.base_layer.lora_A.weight", (8, 4), "several parameters"),
-    (f"{Q}.lora_A", (2, 4), "no known kind"),
+    (f"{Q}.lora_C.weight", (2, 4), "no known kind"),
+    (f"{Q}.lora_E.weight", (2, 1), "no known kind"),
     ("something", (2, 4), "no known kind"),
     ("prompt_embeddings", (2, 4), "no known kind"),
 ]
@@ -111,31 +105,107 @@ def test_more_than_pairs_is_refused_by_name(key: str, shape: tuple[int, ...], na
     assert PREFIX + key in problems[0]
 
 
+# Beside the factors of a module, under every name that PEFT or a raw checkpoint gives them.
+BESIDE = {
+    "magnitude": (
+        "lora_magnitude_vector",
+        "lora_magnitude_vector.weight",
+        "lora_magnitude_vector.default",
+        "lora_magnitude_vector.default.weight",
+    ),
+    "bias": ("lora_B.bias", "lora_B.default.bias"),
+    "values": ("lora_diag", "lora_diag.default"),
+}
+
+
 @pytest.mark.parametrize(
-    ("a", "b", "name"),
+    ("field", "key"), [(field, key) for field, keys in BESIDE.items() for key in keys]
+)
+def test_what_stands_beside_the_factors_is_kept_with_them(field: str, key: str) -> None:
+    shapes = lora(Q, 4, 4)
+    if "default" in key:
+        shapes = {name.replace(".weight", ".default.weight"): one for name, one in shapes.items()}
+    contents, problems = sort(shapes | {f"{PREFIX}{Q}.{key}": (4,)})
+    assert problems == []
+    assert getattr(contents.pairs[0], field).spec.name == f"{PREFIX}{Q}.{key}"
+
+
+@pytest.mark.parametrize("name", ["", ".default"])
+def test_factors_of_embeddings_and_of_adalora(name: str) -> None:
+    shapes = {
+        f"{PREFIX}wte.lora_embedding_A{name}": (2, 9),
+        f"{PREFIX}wte.lora_embedding_B{name}": (4, 2),
+        f"{PREFIX}wte.lora_magnitude_vector{name}": (1, 4),
+        f"{PREFIX}{Q}.lora_A{name}": (3, 6),
+        f"{PREFIX}{Q}.lora_B{name}": (5, 3),
+        f"{PREFIX}{Q}.lora_E{name}": (3, 1),
+    }
+    contents, problems = sort(shapes)
+    assert problems == []
+    embedding, svd = contents.pairs
+    assert (embedding.embedding, embedding.update_shape, embedding.rank) == (True, (9, 4), 2)
+    assert embedding.magnitude is not None
+    assert (svd.svd, svd.update_shape, svd.rank) == (True, (5, 6), 3)
+    assert svd.values is not None
+
+
+@pytest.mark.parametrize("kernel", [(3,), (1, 1), (3, 2), (2, 3, 3)])
+def test_kernels_are_laid_out_flat(kernel: tuple[int, ...]) -> None:
+    keys = list(lora(Q, 1, 1))
+    ones = (1,) * len(kernel)
+    contents, problems = sort({keys[0]: (2, 4, *kernel), keys[1]: (6, 2, *ones)})
+    assert problems == []
+    (pair,) = contents.pairs
+    assert (pair.rank, pair.update_shape) == (2, (6, 4, *kernel))
+    assert pair.a.spec.shape == (2, 4 * math.prod(kernel))
+    assert pair.b.spec.shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
     [
-        ((2, 4, 3, 3), (4, 2, 1, 1), "LoRA on a convolution"),
-        ((2, 4, 3, 3, 3), (4, 2, 1, 1, 1), "LoRA on a convolution"),
-        ((2, 4, 3), (4, 2, 1), "LoRA on a 1-d convolution or on stacked experts"),
-        ((0,), (4, 2), "FSDP"),
-        ((2, 4), (), "FSDP"),
+        ((0,), (4, 2)),
+        ((2, 4), ()),
+        ((2, 4, 3, 3), (4, 2)),
+        ((2, 4, 3), (4, 2, 3)),
+        ((2, 4, 1, 1, 1, 1), (4, 2, 1, 1, 1, 1)),
     ],
 )
-def test_factors_that_are_no_matrices(a: tuple[int, ...], b: tuple[int, ...], name: str) -> None:
+def test_factors_that_are_no_matrices(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     keys = list(lora(V, 1, 1))
     contents, problems = sort(lora(Q, 4, 4) | dict(zip(keys, (a, b), strict=True)))
     assert modules(contents) == [Q]
     assert len(problems) == 1
-    assert name in problems[0]
+    assert "FSDP" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["lora_embedding_A"], "without its other half"),
+        (["lora_A", "lora_B"], "without its other half"),  # of AdaLoRA, without lora_E
+        (["lora_magnitude_vector"], "without its other half"),
+        (["lora_A.weight", "lora_B.weight", "lora_E"], "do not go together"),
+        (["lora_A.weight", "lora_B.weight", "lora_embedding_A"], "do not go together"),
+        (["lora_A", "lora_B", "lora_E", "lora_magnitude_vector"], "do not go together"),
+        (["lora_embedding_A", "lora_embedding_B", "lora_B.bias"], "do not go together"),
+    ],
+)
+def test_parts_that_make_no_pair_are_refused(keys: list[str], says: str) -> None:
+    contents, problems = sort({f"{PREFIX}{Q}.{key}": (2, 2) for key in keys})
+    assert contents.pairs == ()
+    assert len(problems) == 1
+    assert says in problems[0]
 
 
 def test_each_kind_is_said_once_with_the_first_names_and_the_count() -> None:
-    vectors = {f"{PREFIX}layers.{layer}.lora_magnitude_vector": (4,) for layer in range(224)}
-    _, problems = sort(vectors | {"x.lora_E": (2, 1)})
+    halves = {f"{PREFIX}layers.{layer}.lora_A.weight": (4, 4) for layer in range(224)}
+    _, problems = sort(halves | {"x.prompt": (2, 1)})
     assert len(problems) == 2
-    assert "(224 found)" in problems[0]
-    assert "layers.4.lora_magnitude_vector\n            and 219 more" in problems[0]
-    assert "layers.5." not in problems[0]
+    text = "\n".join(problems)
+    assert "(224 found)" in text
+    assert "layers.4.lora_A.weight\n            and 219 more" in text
+    assert "layers.5." not in text
 
 
 def test_what_acted_in_training_only_is_counted_and_left_out() -> None:

@@ -60,14 +60,14 @@ def test_all_kinds_of_problems_are_said_at_once(tmp_path: Path) -> None:
         SHAPES
         | lora("model.layers.9.self_attn.q_proj", 4, 4)
         | lora(f"{ATTENTION}.q_proj", 4, 4, rank=3)
-        | {f"{PREFIX}model.embed_tokens.lora_embedding_A": (2, 9)}
+        | {f"{PREFIX}model.embed_tokens.trainable_tokens_delta": (2, 9)}
     )
     folder = adapter(tmp_path, shapes)
     with pytest.raises(Refused) as caught:
         resolve_adapter(folder, BASE, UNTIED)
     assert len(caught.value.problems) == 3
     text = str(caught.value)
-    assert "LoRA on an embedding" in text
+    assert "trainable tokens" in text
     assert f"model.layers.9.self_attn.q_proj.weight (nearest: {ATTENTION}.q_proj.weight" in text
     assert f"{ATTENTION}.q_proj: rank 3 in the file, 2 in the config" in text
 

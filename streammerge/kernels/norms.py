@@ -1,0 +1,43 @@
+"""Norms of rows and columns, and rescaling to others: what DoRA needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from streammerge.arrays import Rows
+
+    Exact = NDArray[np.float64]
+
+
+def squares_of_columns(rows: Rows) -> Exact:
+    """`[rows, cols]` to the float64 sum of squares of each column, `[cols]`, from top to bottom."""
+    from streammerge.kernels import cpu
+
+    sums = np.zeros(rows.shape[1])
+    cpu.squares_of_columns(rows, sums)
+    return sums
+
+
+def norms_of_rows(rows: Rows, added: Rows) -> Exact:
+    """The float64 norm of each row of `float32(rows + added)`; both `[rows, cols]`."""
+    from streammerge.kernels import cpu
+
+    squares = np.zeros(len(rows))
+    cpu.squares_of_summed_rows(rows, added, squares)
+    return np.sqrt(squares)
+
+
+def rescale(rows: Rows, change: Rows, by_row: Exact, by_column: Exact) -> None:
+    """`change = f (rows + change) - rows`, f being `by_row[:, None] * by_column`, in place.
+
+    Computed as `(f - 1) rows + f change` in float64 and rounded once, so that a factor near one
+    does not drown the change in the rows' roundings. All `[rows, cols]`.
+    """
+    from streammerge.kernels import cpu
+
+    cpu.rescale(rows, change, by_row, by_column)
