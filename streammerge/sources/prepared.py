@@ -96,10 +96,9 @@ class Prepared:
         return self.merged.once_bytes
 
     def scratch_bytes(self, tile: Tile) -> int:
-        """Its own is one source's rows, and what reading them takes."""
+        """Buffers are kept from wave to wave, so that of the measured rows comes on top."""
         rows, cols = tile.shape(self.spec)
-        own = max(one.rows.scratch_bytes(tile) for one in self._wanted.values())
-        return max(4 * rows * cols + own, self.merged.scratch_bytes(tile))
+        return 4 * rows * cols + self.merged.scratch_bytes(tile)
 
     def release(self) -> None:
         self.merged.release()
