@@ -121,7 +121,7 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
         emit(events.Note(note))
     refuse_overlap(plan, out)
     identity = identify(plan.inputs, plan.layouts, to_yaml(plan.recipe, portable=True))
-    changes = Changes(plan.inputs)
+    changes = Changes(plan.inputs.models, plan.layouts)
     already = not force and is_complete(plan, out, identity)
     if already:
         clear_state(out)

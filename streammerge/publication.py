@@ -26,6 +26,7 @@ from streammerge.sinks.companions import (
 from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.bytesource import Files
 from streammerge.storage.card import license_of, model_card
+from streammerge.storage.folder import output_config
 from streammerge.storage.record import RECIPE, ChangeRecord, Record, ShardRecord, find_record
 from streammerge.storage.references import display_name
 from streammerge.storage.smallfile import read_small
@@ -105,7 +106,8 @@ def write_companions(
     """All of the output but its shards: config, tokenizer, index, card, recipe, and the record."""
     inputs, recipe, changed = plan.inputs, plan.recipe, changes.result()
     donor = inputs.donor
-    copy_donor_files(folder, donor.path, donor.config, recipe.out_dtype)
+    config = output_config(donor.config, dtype=recipe.out_dtype, untied=plan.outline.untied)
+    copy_donor_files(folder, donor.path, donor.config, config)
     write_index(folder, plan.layouts)
     recipe_yaml = to_yaml(recipe, portable=True)
     folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]

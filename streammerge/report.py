@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from streammerge.arrays import PerModel
-from streammerge.planning.inputs import Inputs, Model
+from streammerge.planning.inputs import Model
+from streammerge.storage.shard import ShardLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,9 @@ class Change:
 class Changes:
     """Adds up squared norms, tile by tile in grid order, so that any order gives the same sums."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        self._models = inputs.models
-        self._tensors = inputs.donor.tensors
+    def __init__(self, models: Sequence[Model], layouts: Sequence[ShardLayout]) -> None:
+        self._models = models
+        self._tensors = {n: one for layout in layouts for n, one in layout.extents.items()}
         self._tiles: dict[str, dict[int, PerModel]] = {}
         self._applied = [0] * len(self._models)
         self._ratios: list[list[tuple[str, float]]] = [[] for _ in self._models]
@@ -66,8 +67,7 @@ class Changes:
     def copied(self, tensor: str, path: str) -> None:
         """A tensor that was copied from a file: it is the model's whose file that is."""
         for index, model in enumerate(self._models):
-            own = model.folder.tensors.get(tensor)
-            if own is not None and own.path == path and model.takes_part(tensor):
+            if model.stores(tensor, path) and model.takes_part(tensor):
                 self._applied[index] += self._is_merged(tensor)
 
     def result(self) -> tuple[Change, ...]:

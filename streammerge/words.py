@@ -252,12 +252,18 @@ class Dora:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A stored tensor in place of the base's; or of some rows of it, in the order of `rows`."""
+    """A stored tensor in place of the base's; or of some rows of it, in the order of `rows`.
+
+    `then` is what the same adapter does to the tensor after that.
+    """
 
     extent: Extent
     rows: tuple[int, ...] | None = None
+    then: Update | None = None
 
-    rank: ClassVar[int] = 0
+    @property
+    def rank(self) -> int:
+        return self.then.rank if self.then else 0
 
 
 # What an adapter does to one tensor. Planning chooses the source that does it.

@@ -70,6 +70,8 @@ class LoraConfig:
     lora_bias: bool = False
     kasa: bool = False
     adalora: AdaLora | None = None
+    bias: str = "none"
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
     ignored: tuple[str, ...] = ()  # fields that are set and steered the training only
@@ -79,6 +81,15 @@ class LoraConfig:
         if self.adalora:
             return self.adalora.ranks.get(module, self.adalora.init_r)
         return int(self.rank_pattern.lookup(module, self.r))
+
+    def token_indices(self, module: str) -> tuple[int, ...] | None:
+        """The rows of a module that were trained by themselves; None where it has none.
+
+        PEFT's config names modules by the ends of their names; a mere list, kept here under an
+        empty name, means the embedding.
+        """
+        listed = self.trainable_token_indices.items()
+        return next((rows for name, rows in listed if module.endswith(name)), None)
 
     def scale(self, module: str) -> float:
         """The factor s of `s * B @ A`: alpha / r, or alpha / sqrt(r) with `use_rslora`.
@@ -141,6 +152,19 @@ def _is_name(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_bias(value: object) -> bool:
+    return value in ("none", "all", "lora_only")
+
+
+def _are_rows(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(row, int) and row >= 0 for row in value)
+
+
+def _are_tokens(value: object) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return value is None or all(map(_are_rows, lists))
+
+
 def _all(fits: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
@@ -169,6 +193,8 @@ class _Fields:
             lora_bias=self._take("lora_bias", False, _is_flag, "true or false"),
             kasa=not is_off(self._raw.get("kasa_config")),
             adalora=adalora,
+            bias=self._take("bias", "none", _is_bias, "none, all or lora_only"),
+            trainable_token_indices=self._tokens(),
             base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
             peft_version=self._take("peft_version", None, _is_name, "a version"),
             ignored=tuple(
@@ -208,6 +234,13 @@ class _Fields:
         except re.error as error:
             self._refuse(key, f"{error.pattern!r}: {error}", "regular expressions on module names")
             return Patterns()
+
+    def _tokens(self) -> dict[str, tuple[int, ...]]:
+        expected = "row numbers from 0 on, or a list of them for each module"
+        none: dict[str, list[int]] | list[int] | None = None
+        value = self._take("trainable_token_indices", none, _are_tokens, expected)
+        named = value if isinstance(value, dict) else {"": value or []}
+        return {name: tuple(rows) for name, rows in named.items() if rows}
 
     def _refuse(self, key: str, found: str, expected: str) -> None:
         self._problems.add(

@@ -43,22 +43,6 @@ _RESIDUAL: Final = (
 
 EXTRAS: Final = (
     Extra(
-        "bias",
-        "trained biases",
-        "they replace the biases of the base; not supported yet",
-        plain=("none",),
-    ),
-    Extra(
-        "modules_to_save",
-        "modules trained in full",
-        "they replace tensors of the base instead of adding to them; not supported yet",
-    ),
-    Extra(
-        "trainable_token_indices",
-        "trainable tokens",
-        "they replace rows of the embedding; not supported yet",
-    ),
-    Extra(
         "target_parameters",
         "LoRA on stacked parameters such as experts",
         "the factors of all experts are interleaved in one tensor; not supported yet",
@@ -114,16 +98,11 @@ EXTRAS: Final = (
         plain=(True, "gaussian", "eva", "orthogonal", "mica"),
         residual=True,
     ),
-    Extra(
-        "ensure_weight_tying",
-        "an adapter that is shared by the embedding and the head",
-        "one pair of factors changes two tensors; not supported yet",
-    ),
 )
 
-# Steered the training and nothing else. The configs of an initialisation stand here because
-# `init_lora_weights` decides: PEFT leaves them in place when it converts to plain LoRA. VeLoRA
-# changes only the backward pass; MonteCLoRA samples in training and merges as plain LoRA.
+# Steered the training, or say what the file's tensors say too. The configs of an initialisation
+# stand here because `init_lora_weights` decides: PEFT leaves them when it converts to plain LoRA.
+# VeLoRA changes only the backward pass; MonteCLoRA samples in training and merges as plain LoRA.
 IGNORED: Final = frozenset(
     [
         "task_type",
@@ -136,6 +115,8 @@ IGNORED: Final = frozenset(
         "lora_dropout",
         "layers_to_transform",
         "layers_pattern",
+        "modules_to_save",
+        "ensure_weight_tying",
         "megatron_core",
         "qalora_group_size",
         "loftq_config",
@@ -160,6 +141,8 @@ USED: Final = frozenset(
         "fan_in_fan_out",
         "use_dora",
         "lora_bias",
+        "bias",
+        "trainable_token_indices",
     ]
 )
 

@@ -43,20 +43,11 @@ _TRAINING_STATE: Final = re.compile(r"\.lora_(velora_|monteclora_sampler)")
 
 _PAIRS_ONLY: Final = "pairs of lora_A and lora_B, and what PEFT saves beside them"
 
-# PEFT does this for every adapter on an embedding or a head ("auto", the default).
-_WITHOUT_COPY: Final = (
-    "save it again with save_pretrained(..., save_embedding_layers=False), which leaves out what "
-    "is a copy of the base's weight"
-)
-
 # Searched in this order; the last one takes everything.
 _OTHER_TENSORS: Final = tuple(
     (re.compile(pattern), Fault(f"{what}, which cannot be merged yet", _PAIRS_ONLY, remedy))
     for pattern, what, remedy in (
         (r"\.base_layer\..*lora_[AB]", "LoRA on several parameters of one module", MERGE_FIRST),
-        (r"\.(token_adapter\.|trainable_tokens_)", "trainable tokens", MERGE_FIRST),
-        (r"\.base_layer\.weight$", "weights of the base beside the adapter", _WITHOUT_COPY),
-        (r"^(?!.*lora_).*\.(weight|bias)$", "modules or biases trained in full", MERGE_FIRST),
         (r"", "tensors of no known kind", MERGE_FIRST),
     )
 )
@@ -70,16 +61,23 @@ _SEVERAL_NAMES: Final = Fault(
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What the tensors of an adapter are: its pairs, in file order, and what was left out."""
+    """What the tensors of an adapter are: its pairs, in file order, and all others.
+
+    `saved` are those without factors, by their clean names; `name` is the adapter's, where the keys
+    carry it.
+    """
 
     pairs: tuple[Pair, ...]
+    saved: Mapping[str, Extent]
+    name: str | None = None
     training_state: int = 0
 
 
 def sort_tensors(tensors: Mapping[str, Extent], findings: Findings) -> Contents:
-    """Pair the factors of an adapter; everything that is no such pair goes to `findings`."""
+    """Pair the factors of an adapter; those that make no pair go to `findings`."""
     parts: dict[str, dict[str, Extent]] = {}  # module -> part of its pair -> tensor
     names: dict[str, str] = {}  # adapter name in the keys -> the first key that has it
+    saved: dict[str, Extent] = {}
     training_state = 0
     for key, extent in tensors.items():
         found = _PART.fullmatch(key)
@@ -89,14 +87,18 @@ def sort_tensors(tensors: Mapping[str, Extent], findings: Findings) -> Contents:
             parts.setdefault(found["module"], {})[part] = extent
         elif _TRAINING_STATE.search(key):
             training_state += 1
+        elif ".lora_" not in key:
+            saved[key] = extent
         else:
             findings.add(next(fault for like, fault in _OTHER_TENSORS if like.search(key)), key)
     if len(names) > 1:
         for key in names.values():
             findings.add(_SEVERAL_NAMES, key)
-        return Contents((), training_state)
-    pairs = pair_up(unwrapped(list(parts)), parts, findings)
-    return Contents(tuple(pairs), training_state)
+        return Contents((), {}, None, training_state)
+    pairs = tuple(pair_up(unwrapped(list(parts)), parts, findings))
+    plain = dict(zip(unwrapped(list(saved)), saved.values(), strict=True))
+    name = next(iter(names), "").removeprefix(".") or None
+    return Contents(pairs, plain, name, training_state)
 
 
 def unwrapped(modules: Sequence[str]) -> list[str]:

@@ -7,30 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.faults import Fault, Findings
 from streammerge.adapters.folder import AdapterFolder
 from streammerge.adapters.keys import sort_tensors
 from streammerge.adapters.lora import Orientation, fits, update_of
 from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors
 from streammerge.adapters.pairs import Pair
+from streammerge.adapters.saved import Replacements, gather
 from streammerge.errors import BadInput, Problems
 from streammerge.storage.smallfile import show
+from streammerge.storage.ties import Tie
 from streammerge.words import Addition, Extent, Factors, Update
 
-HEAD: Final = "lm_head"
-
-_TIED_HEAD: Final = Fault(
-    "LoRA on a head that shares its weight with the embedding, which cannot be merged yet",
-    "layers with a weight of their own: adding to the shared one would change the embedding too",
-    "untie the base first (tie_word_embeddings: false, with lm_head.weight stored), or train "
-    "without the head",
-)
-_TIED_EMBEDDING: Final = Fault(
-    "LoRA on an embedding that shares its weight with the head, which cannot be merged yet",
-    "layers with a weight of their own: adding to the shared one would change the head too",
-    "untie the base first (tie_word_embeddings: false, with lm_head.weight stored), or train "
-    "without the embedding",
-)
 _NO_BIAS: Final = Fault(
     "biases of lora_B on layers of the base that have none",
     "a bias of the layer to add it to, of one number for each output feature",
@@ -45,60 +34,48 @@ class ResolvedAdapter:
     folder: AdapterFolder
     updates: Mapping[str, Update]  # by the base tensor's name, in the base's order
     notes: tuple[str, ...]  # the folder's, and what finding the tensors adds
+    warnings: tuple[str, ...]
 
 
 def resolve_adapter(
-    folder: AdapterFolder, base: Mapping[str, Extent], base_config: Mapping[str, Any]
+    folder: AdapterFolder,
+    base: Mapping[str, Extent],
+    base_config: Mapping[str, Any],
+    tie: Tie | None = None,
 ) -> ResolvedAdapter:
     """Find the base tensor of every tensor of an adapter, and check that each fits.
 
-    `base` is the base's tensors in file order, `base_config` its config.json. Raises BadInput, or
-    Refused with every kind of problem, unless all tensors of the adapter can be applied.
+    `base` is the base's tensors in file order, `base_config` its config.json, and `tie` says which
+    of them are one. Raises BadInput, or Refused with every kind of problem, unless all tensors of
+    the adapter can be applied.
     """
     findings = Findings(folder.header.path)
     contents = sort_tensors(folder.header.tensors, findings)
-    pairs = list(_own_weights(contents.pairs, base, base_config, findings))
-    names = [f"{pair.module}.weight" for pair in pairs]
+    pairs = contents.pairs
+    saved = gather(contents.saved, contents.name)
+    weights = [f"{pair.module}.weight" for pair in pairs]
     named_base = folder.config.base_model_name_or_path
+    names = list(dict.fromkeys([*weights, *saved]))
     tensors, move = find_tensors(names, base, findings, named_base)
-    named = zip(pairs, names, strict=True)
-    targets = [(pair, base[tensors[name]]) for pair, name in named if name in tensors]
+    replacements = Replacements(folder.config, findings)
+    for name, tensor in tensors.items():
+        if name in saved:
+            replacements.add(name, saved[name], base[tensor])
+    if tie is not None:
+        replacements.share_tokens(tie.embedding, tie.head)
+    named = zip(pairs, weights, strict=True)
+    found = ((pair, tensors[weight]) for pair, weight in named if weight in tensors)
+    targets = [(pair, replacements.target(base[tensor])) for pair, tensor in found]
     sound = [one for one in targets if fits(*one, folder.config, findings)]
     updates = _updates(folder, sound, Orientation(sound, base_config, folder.config))
     updates |= _biases(folder, sound, base, findings)
-    _raise_any(findings, folder, bool(pairs))
+    _raise_any(findings, folder, bool(names))
+    updates = replacements.before(updates)
     notes = [*folder.notes, *_notes(folder, updates, base, move, contents.training_state)]
-    notes += _empty(pairs)
+    notes += [*_empty(pairs), *_copies(replacements.copies)]
+    warnings = _lost_biases(folder.config, saved, tensors, base)
     in_order = {name: updates[name] for name in base if name in updates}
-    return ResolvedAdapter(folder, in_order, tuple(notes))
-
-
-def _own_weights(
-    pairs: Sequence[Pair],
-    base: Mapping[str, Extent],
-    base_config: Mapping[str, Any],
-    findings: Findings,
-) -> Iterator[Pair]:
-    """The pairs without those on a shared weight, which go to `findings`."""
-    heads = [pair for pair in pairs if pair.module.rpartition(".")[2] == HEAD]
-    embeddings = [pair for pair in pairs if pair.embedding]
-    tied = bool(heads or embeddings) and _head_is_tied(base, base_config)
-    for pair in pairs:
-        if tied and pair in heads:
-            findings.add(_TIED_HEAD, pair.module)
-        elif tied and pair in embeddings:
-            findings.add(_TIED_EMBEDDING, pair.module)
-        else:
-            yield pair
-
-
-def _head_is_tied(base: Mapping[str, Extent], config: Mapping[str, Any]) -> bool:
-    """Whether the base's head is its embedding; where the config is silent, the file decides."""
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    said = {config.get("tie_word_embeddings"), nested}
-    stored = any(name.endswith(f"{HEAD}.weight") for name in base)
-    return True in said or (False not in said and not stored)
+    return ResolvedAdapter(folder, in_order, tuple(notes), tuple(warnings))
 
 
 def _raise_any(findings: Findings, folder: AdapterFolder, any_pairs: bool) -> None:
@@ -107,10 +84,10 @@ def _raise_any(findings: Findings, folder: AdapterFolder, any_pairs: bool) -> No
     if not any_pairs and not problems:
         problems.add(
             BadInput(
-                "the adapter holds no LoRA tensors",
+                "the adapter holds no tensors that change a model",
                 where=folder.header.path,
                 found=f"{len(folder.header.tensors)} tensors",
-                expected="<module>.lora_A.weight and <module>.lora_B.weight",
+                expected="<module>.lora_A.weight and <module>.lora_B.weight, or modules in full",
                 remedy="check that training had target_modules, and save the adapter again",
             )
         )
@@ -177,6 +154,29 @@ def _empty(pairs: Sequence[Pair]) -> list[str]:
     """AdaLoRA may leave a module no rank at all."""
     count = sum(pair.rank == 0 for pair in pairs)
     return [f"{count} of its {len(pairs)} modules have rank 0 and change nothing"] if count else []
+
+
+def _copies(count: int) -> list[str]:
+    """PEFT saves the base's own weight beside an adapter on an embedding or a head."""
+    return [f"{count} of its tensors are copies of the base's and change nothing"] if count else []
+
+
+def _lost_biases(
+    config: LoraConfig,
+    saved: Mapping[str, object],
+    tensors: Mapping[str, str],
+    base: Mapping[str, Extent],
+) -> Iterator[str]:
+    """PEFT up to 0.20.0 trained biases under `lora_only` and saved none of them."""
+    if config.bias != "lora_only" or any(name.endswith(".bias") for name in saved):
+        return
+    layers = {tensor.removesuffix(".weight") for tensor in tensors.values()}
+    lost = sum(f"{layer}.bias" in base for layer in layers)
+    if lost:
+        yield (
+            f"it was trained with bias: lora_only, but its file holds none of {lost} trained "
+            "biases, as PEFT up to 0.20.0 saved it; those of the base are kept"
+        )
 
 
 def _is_folder_of(base: Mapping[str, Extent], named: str) -> bool:

@@ -32,6 +32,13 @@ class Model:
         """A full model does everywhere, an adapter of the base where it has an update."""
         return self.adapter is None or not self.on_base or tensor in self.adapter.updates
 
+    def stores(self, tensor: str, path: str) -> bool:
+        """Whether the file at `path` is where this model's tensor lies."""
+        if self.adapter and tensor in self.adapter.updates:
+            return self.adapter.folder.header.path == path
+        own = self.folder.tensors.get(tensor)
+        return own is not None and own.path == path
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -90,7 +97,7 @@ class _Opener:
         folder = self._try(lambda: open_adapter(path, entry.name), entry.adapter)
         if folder is None or model is None:
             return None
-        resolved = lambda: resolve_adapter(folder, model.tensors, model.config)  # noqa: E731
+        resolved = lambda: resolve_adapter(folder, model.tensors, model.config, model.tie)  # noqa: E731
         return self._try(resolved, entry.adapter)
 
     def _try(self, action: Callable[[], _T], reference: Reference) -> _T | None:

@@ -17,6 +17,7 @@ from streammerge.sources.dense import Dense
 from streammerge.sources.dora import DoraOfColumns, DoraOfRows
 from streammerge.sources.low_rank import Product
 from streammerge.sources.prepared import Prepared
+from streammerge.sources.replaced import Replaced
 from streammerge.sources.scaled import Scaled
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
@@ -120,6 +121,8 @@ class Composer:
         """The source that does what an adapter asks for."""
         change: Change
         match update:
+            case Replacement():
+                return self._replaced(rows, update, on_base=on_base)
             case Factors():
                 change = Product(self._files, [update])
             case Addition():
@@ -127,9 +130,14 @@ class Composer:
             case Dora():
                 kind = DoraOfRows if update.norms_of == "rows" else DoraOfColumns
                 change = kind(self._files, rows, update)
-            case Replacement():
-                raise TypeError(f"no source does this yet: {update}")
         return Adapted(rows, change, on_base=on_base)
+
+    def _replaced(self, rows: Source, update: Replacement, *, on_base: bool) -> Source:
+        """A tensor, or rows of one, that the adapter holds itself; the model's own are no part."""
+        new: Source = Dense(self._files, update.extent)
+        if update.rows is not None:
+            new = Replaced(self._files, rows, update.extent, update.rows, on_base=on_base)
+        return self._adapted(new, update.then, on_base=False) if update.then else new
 
     def _stored(self, model: Model, name: str) -> Extent:
         """The model's own tensor; the donor's for buffers that only the donor stores."""
@@ -147,9 +155,17 @@ class Composer:
         space: Literal["deltas", "weights"] = "deltas" if self._on_deltas else "weights"
         merged = WeightedSum(self._files, base, models, factors, space)
         same = merged.same_as()
-        if same is not None and same.spec.dtype == target.spec.dtype:
-            return CopyJob(same.extent, target)
+        if same is not None:
+            return self._as_it_is(same, target, part)
         return _merge_job(merged, models, target, part)
+
+    def _as_it_is(self, source: Source, target: Extent, part: tuple[int, ...]) -> Job:
+        """A tensor whose rows are the result: by difference, many would be off by a rounding."""
+        if isinstance(source, Dense) and source.spec.dtype == target.spec.dtype:
+            return CopyJob(source.extent, target)
+        alone = [1.0, *[0.0] * (len(part) - 1)]  # the others that take part are the same rows
+        merged = WeightedSum(self._files, None, [source] * len(part), alone, "weights")
+        return _merge_job(merged, [source], target, part)
 
     def _unchanged(self, base: Dense, target: Extent) -> Job:
         """The base's own tensor, cast where the output's dtype differs."""

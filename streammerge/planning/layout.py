@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streammerge.planning.outline import Outline
 from streammerge.storage.folder import ModelFolder, shard_names
 from streammerge.storage.shard import ShardLayout, lay_out
 from streammerge.words import DType, TensorSpec
@@ -17,17 +18,20 @@ def output_spec(spec: TensorSpec, out_dtype: DType | None) -> TensorSpec:
 
 
 def lay_out_shards(
-    donor: ModelFolder, out_dtype: DType | None, shard_bytes: int | None
+    donor: ModelFolder, outline: Outline, out_dtype: DType | None, shard_bytes: int | None
 ) -> tuple[ShardLayout, ...]:
     """The donor's shards, tensors in its order; or filled up to `shard_bytes` each.
+
+    What the donor does not store comes last.
 
     Where a shard keeps all dtypes, its data starts at the donor's offset modulo the page, so that
     file systems which can will share the blocks of untouched tensors.
     """
     groups = [
-        [output_spec(extent.spec, out_dtype) for extent in shard.tensors.values()]
+        [output_spec(one.spec, out_dtype) for n, one in shard.tensors.items() if outline.keeps(n)]
         for shard in donor.shards
     ]
+    groups[-1] += [output_spec(donor.tensors[name].spec, out_dtype) for name in outline.added]
     starts: list[int | None] = [shard.data_start for shard in donor.shards]
     if shard_bytes is not None:
         groups = _pack([spec for group in groups for spec in group], shard_bytes)

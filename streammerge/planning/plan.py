@@ -14,6 +14,8 @@ from streammerge.planning.cost import Demand, add_up, predict_seconds
 from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.layout import lay_out_shards
+from streammerge.planning.outline import Outline
+from streammerge.planning.ties import settle_tie
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
 from streammerge.storage.shard import ShardLayout
@@ -25,6 +27,7 @@ class Plan:
 
     recipe: Recipe
     inputs: Inputs
+    outline: Outline
     layouts: tuple[ShardLayout, ...]
     files: Files
     demand: Demand
@@ -85,22 +88,25 @@ def make_plan(
         return None
     notes = check_models(inputs, problems)
     problems.raise_any()
-    notes += template_notes(inputs)
+    inputs, outline = settle_tie(inputs)
+    notes += [*outline.notes, *template_notes(inputs)]
     note = float64_note(inputs.donor.tensors)
     notes += [note] if note else []
+    warnings = [*recipe.warnings, *_scaled_base(recipe, inputs)]
     for model in inputs.models:
         if model.adapter:
             notes += [f"{model.name}: {line}" for line in model.adapter.notes]
+            warnings += [f"{model.name}: {line}" for line in model.adapter.warnings]
     files = Files(inputs.stamps(), io)
-    layouts = lay_out_shards(inputs.donor, recipe.out_dtype, recipe.shard_bytes)
+    layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
     demand = add_up(Composer(recipe, inputs, files).jobs(layouts))
     start = Start(system.resident_bytes(), system.peak_resident_bytes())
     flight = fit(demand, start, budget_bytes, threads)
     seconds = predict_seconds(demand, len(inputs.models), _ranks(inputs), flight.threads)
-    warnings = (*recipe.warnings, *_scaled_base(recipe, inputs))
     return Plan(
         recipe=recipe,
         inputs=inputs,
+        outline=outline,
         layouts=layouts,
         files=files,
         demand=demand,
@@ -108,7 +114,7 @@ def make_plan(
         budget_bytes=budget_bytes,
         seconds=seconds,
         notes=tuple(dict.fromkeys(notes)),
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
 
 

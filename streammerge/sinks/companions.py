@@ -12,29 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import StorageError
-from streammerge.storage.folder import CONFIG, INDEX, donor_files, output_config
+from streammerge.storage.folder import CONFIG, INDEX, donor_files
 from streammerge.storage.record import RECIPE, RECORD, Record
 from streammerge.storage.rundir import write_file
 from streammerge.storage.shard import ShardLayout
-from streammerge.words import DType
 
 CARD = "README.md"
 
 
 def copy_donor_files(
-    folder: Path, donor: Path, config: Mapping[str, Any], dtype: DType | None
+    folder: Path, donor: Path, config: Mapping[str, Any], changed: Mapping[str, Any]
 ) -> None:
-    """Tokenizer, licence and the like from the donor; its config with the output's dtype."""
+    """Tokenizer, licence and the like from the donor; its config as it was `changed`, if it was."""
     for relative in donor_files(donor):
         try:
             data = (donor / relative).read_bytes()
         except OSError as error:
             what = f"cannot be read: {error.strerror}"
             raise StorageError(what, where=str(donor / relative)) from error
-        if relative == Path(CONFIG):
-            changed = output_config(config, dtype=dtype)
-            if changed != config:
-                data = _json(changed)
+        if relative == Path(CONFIG) and changed != config:
+            data = _json(changed)
         target = folder / relative
         target.parent.mkdir(exist_ok=True)
         write_file(target, data)

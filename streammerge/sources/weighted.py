@@ -20,6 +20,7 @@ from streammerge.kernels.weighted import (
 from streammerge.memory import Scratch
 from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product
+from streammerge.sources.replaced import Replaced
 from streammerge.storage.bytesource import Files
 from streammerge.words import Factors, Fold, Source, StatisticValue, TensorSpec, Tile
 
@@ -65,19 +66,19 @@ class WeightedSum:
                 return
         self._rows.append((rows, coefficient, own))
 
-    def same_as(self) -> Dense | None:
-        """The stored tensor that the sum equals as it is, if any.
+    def same_as(self) -> Source | None:
+        """The stored rows that the sum equals as they are, if any.
 
-        On deltas that is the base, or the one model that is added to it in full: its stored bytes
-        are the result, and `base + (x - base)` would be off by a rounding for many elements.
+        On deltas that is the base, or the one model that is added to it in full: what it stores is
+        the result, and `base + (x - base)` would be off by a rounding for many elements.
         """
         if self._product is not None or len(self._rows) > 1:
             return None
         if not self._rows:
-            return self._base if isinstance(self._base, Dense) else None
+            return self._base
         source, coefficient, _ = self._rows[0]
         whole = np.float32(coefficient) == 1
-        return source if whole and isinstance(source, Dense) else None
+        return source if whole and isinstance(source, Dense | Replaced) else None
 
     @property
     def spec(self) -> TensorSpec:

@@ -12,7 +12,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
 from streammerge.storage.header import Header, read_header
 from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
+from streammerge.storage.ties import Tie, find_tie
 from streammerge.words import FLOAT_NAMES, DType, Extent
 
 CONFIG = "config.json"
@@ -32,24 +33,32 @@ _REINDEX = "download the folder again, or save the model again so that index and
 
 
 class FolderTensors(Mapping[str, Extent]):
-    """The tensors of all shards, in shard order, then in file order."""
+    """The tensors of all shards, in shard order, then in file order; those that are read last.
 
-    __slots__ = ("_tables",)
+    `reads` names tensors that are the same as others: a tied head is read from its embedding.
+    """
 
-    def __init__(self, shards: Sequence[Header]) -> None:
+    __slots__ = ("_names", "_tables")
+
+    def __init__(self, shards: Sequence[Header], reads: Mapping[str, str] | None = None) -> None:
         self._tables = {name: shard.tensors for shard in shards for name in shard.tensors}
+        self._names = {n: of for n, of in (reads or {}).items() if n not in self._tables}
 
     def __getitem__(self, name: str) -> Extent:
+        if name in self._names:
+            extent = self[self._names[name]]
+            return replace(extent, spec=replace(extent.spec, name=name))
         return self._tables[name][name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tables
+        return name in self._tables or name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tables)
+        yield from self._tables
+        yield from self._names
 
     def __len__(self) -> int:
-        return len(self._tables)
+        return len(self._tables) + len(self._names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +67,14 @@ class ModelFolder:
 
     path: Path
     shards: tuple[Header, ...]  # in the order of their file names
-    tensors: Mapping[str, Extent]
+    tensors: Mapping[str, Extent]  # a tied head among them, whether it is stored or not
     config: Mapping[str, Any]  # empty when there is no config.json
     notes: tuple[str, ...]  # what is unusual and harmless, one line each
+    tie: Tie | None = None
+
+    def stored(self, name: str) -> bool:
+        """Whether a tensor lies in a file under this name."""
+        return any(name in shard.tensors for shard in self.shards)
 
 
 def open_model(path: Path) -> ModelFolder:
@@ -83,7 +97,9 @@ def open_model(path: Path) -> ModelFolder:
     for shard in shards:
         _check_dtypes(shard, problems)
     problems.raise_any()
-    return ModelFolder(path, tuple(shards), FolderTensors(shards), config, tuple(notes))
+    tie = find_tie(FolderTensors(shards), config)
+    tensors = FolderTensors(shards, tie.reads if tie else None)
+    return ModelFolder(path, tuple(shards), tensors, config, tuple(notes), tie)
 
 
 def shard_names(count: int) -> tuple[str, ...]:
@@ -189,10 +205,14 @@ def _config_and_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ]
 
 
-def output_config(config: Mapping[str, Any], *, dtype: DType | None) -> dict[str, Any]:
+def output_config(
+    config: Mapping[str, Any], *, dtype: DType | None, untied: bool = False
+) -> dict[str, Any]:
     """The config of the output: `config` with its dtype keys set, when `dtype` is given.
 
     Both `dtype` and the older `torch_dtype` are set where they stand, in nested configs too.
+    `untied` says that the head has a weight of its own now, in the config and in that of the text
+    model in it: which of the two counts depends on the version of transformers.
     `_name_or_path` is left out: it may be a path of the machine where the model was trained.
     """
     names = {float_dtype: name for name, float_dtype in FLOAT_NAMES.items()}
@@ -201,6 +221,10 @@ def output_config(config: Mapping[str, Any], *, dtype: DType | None) -> dict[str
         part.pop("_name_or_path", None)
         if dtype is not None:
             part.update({key: names[dtype] for key in ("dtype", "torch_dtype") if key in part})
+    if untied:
+        text = result.get("text_config")
+        for part in [result, *([text] if isinstance(text, dict) else [])]:
+            part["tie_word_embeddings"] = False
     return result
 
 

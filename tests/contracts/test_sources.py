@@ -13,6 +13,7 @@ from streammerge.memory import Scratch
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product
+from streammerge.sources.replaced import Replaced
 from streammerge.sources.scaled import Scaled
 from streammerge.storage.bytesource import Files, Io
 from streammerge.words import Addition, Source, Terms, Tile
@@ -202,3 +203,42 @@ def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
     out = np.empty((1, 2), np.float32)
     source.read(Tile(0, 1), out, Scratch())
     assert out.tolist() == [[np.inf, 0.0]]
+
+
+class ReplacedContract(SourceContract):
+    """Rows of another source, some of them replaced, given out of order."""
+
+    exact = True
+    on_base: ClassVar[bool]
+    dtype: ClassVar[str]
+
+    def make(self, folder: Path, io: Io, rows: int, cols: int) -> tuple[Source, Files]:
+        base = random_tensor(rows, cols, "BF16", 0)
+        own = base if self.on_base else random_tensor(rows, cols, "BF16", 1)
+        indices = [rows - 1, 3, 0, 17, 4]
+        trained = random_tensor(len(indices), cols, self.dtype, 2)
+        self.base, self._own = decode(base), decode(own).astype(np.float32)
+        self._own[indices] = decode(trained)
+        paths = folder / "own.safetensors", folder / "adapter.safetensors"
+        stored = write_odd(paths[0], {NAME: own})[NAME]
+        extent = write_odd(paths[1], {"delta": trained})["delta"]
+        files = open_files(*paths, io=io)
+        source = Replaced(files, Dense(files, stored), extent, indices, on_base=self.on_base)
+        return source, files
+
+    def values(self) -> tuple[Exact, Exact]:
+        delta = self._own - self.base.astype(np.float32)
+        return self._own.astype(np.float64), delta.astype(np.float64)
+
+    def sizes(self) -> tuple[Exact, Exact]:
+        return np.zeros(self._own.shape), np.zeros(self._own.shape)
+
+
+class TestReplacedOnTheBase(ReplacedContract):
+    on_base = True
+    dtype = "F32"
+
+
+class TestReplacedOnAnotherModel(ReplacedContract):
+    on_base = False
+    dtype = "F16"

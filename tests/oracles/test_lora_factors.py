@@ -216,19 +216,8 @@ def test_an_adapter_that_was_converted_to_plain_lora_is_taken(shelf: Shelf) -> N
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bias": ("qwen2", "trained biases", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "pissa": ("llama", "PiSSA", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
     "olora": ("llama", "OLoRA", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}),
-    "full": (
-        "llama",
-        "modules trained in full",
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    ),
-    "tokens": (
-        "llama",
-        "trainable tokens",
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-    ),
     "replicated": (
         "llama",
         "layer replication",
@@ -269,29 +258,13 @@ def test_every_field_of_peft_is_known_and_off_by_default() -> None:
         assert field.name not in plain or is_off(default) or default in plain[field.name]
 
 
-def test_a_tied_embedding_is_refused_by_name(shelf: Shelf) -> None:
-    model = model_of(shelf, "qwen2", "float32")
-    adapter = shelf.adapter("embedding", model, seed=1, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(BadInput, match="shares its weight with the head") as caught:
-        resolve(model, adapter)
-    assert "embed_tokens" in str(caught.value)
-
-
-def test_a_copy_of_the_base_is_refused_by_name(shelf: Shelf) -> None:
+def test_a_copy_of_the_base_is_no_update(shelf: Shelf) -> None:
     """PEFT saves the head's own weight beside an adapter on it, unless told not to."""
     model = model_of(shelf, "llama", "float32")
     adapter = shelf.adapter("copy", model, seed=1, target_modules=["lm_head"], copy_base=True)
-    with pytest.raises(BadInput, match="save_embedding_layers=False") as caught:
-        resolve(model, adapter)
-    assert "lm_head.base_layer.weight" in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
-def test_a_tied_head_is_refused_by_name(shelf: Shelf, kind: str) -> None:
-    model = model_of(shelf, kind, "float32")
-    adapter = shelf.adapter(f"tied-{kind}", model, seed=1, target_modules=["lm_head"])
-    with pytest.raises(BadInput, match="shares its weight with the embedding"):
-        resolve(model, adapter)
+    resolved, _ = resolve(model, adapter)
+    assert [type(update) for update in resolved.updates.values()] == [Factors]
+    assert resolved.notes == ("1 of its tensors are copies of the base's and change nothing",)
 
 
 def test_another_kind_of_adapter_is_refused_by_name(shelf: Shelf, tmp_path: Path) -> None:

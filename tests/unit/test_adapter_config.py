@@ -100,12 +100,39 @@ def test_patterns_match_like_pefts_expression(keys: list[list[str]], parts: list
     assert Patterns.of(values).lookup(module, -1.0) == [*hits, -1.0][0]
 
 
+# --------------------------------------------------------------------------------- trained tokens
+
+
+def test_a_list_of_tokens_is_for_any_module_that_holds_some(tmp_path: Path) -> None:
+    config = accepted(tmp_path, trainable_token_indices=[9, 2])
+    assert config.token_indices("model.embed_tokens") == (9, 2)
+
+
+def test_tokens_are_given_by_the_ends_of_names(tmp_path: Path) -> None:
+    named = {"embed_tokens": [1], "lm_head": [2, 3]}
+    config = accepted(tmp_path, trainable_token_indices=named)
+    assert config.token_indices("model.embed_tokens") == (1,)
+    assert config.token_indices("lm_head") == (2, 3)
+    assert config.token_indices("model.norm") is None
+
+
+@pytest.mark.parametrize("value", ["3", 3, [-1], [1.0], {"lm_head": 3}, {"lm_head": ["a"]}])
+def test_tokens_that_are_no_rows(tmp_path: Path, value: object) -> None:
+    assert "`trainable_token_indices`" in refused(tmp_path, trainable_token_indices=value)
+
+
+def test_no_tokens(tmp_path: Path) -> None:
+    for value in (None, [], {}):
+        assert accepted(tmp_path, trainable_token_indices=value).token_indices("a") is None
+
+
+def test_a_bias_that_peft_does_not_know(tmp_path: Path) -> None:
+    assert "none, all or lora_only" in refused(tmp_path, bias="some")
+
+
 # ---------------------------------------------------------------------------- refused and ignored
 
 ASKED: dict[str, Any] = {
-    "bias": "all",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [3],
     "target_parameters": ["mlp.experts.down_proj"],
     "layer_replication": [[0, 4], [2, 5]],
     "use_qalora": True,
@@ -115,7 +142,6 @@ ASKED: dict[str, Any] = {
     "kasa_config": {"beta": 0.1},
     "megatron_config": {"a": 1},
     "init_lora_weights": "pissa_niter_16",
-    "ensure_weight_tying": True,
 }
 
 
@@ -173,8 +199,8 @@ def test_a_kind_that_nobody_knows_is_shown(tmp_path: Path, peft_type: object) ->
 
 
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
-    text = refused(tmp_path, bias="all", use_quantum=1, r=0, alpha_pattern=[1])
-    assert all(word in text for word in ("trained biases", "use_quantum", "`r`", "`alpha_pattern`"))
+    text = refused(tmp_path, bias="some", use_quantum=1, r=0, alpha_pattern=[1])
+    assert all(word in text for word in ("`bias`", "use_quantum", "`r`", "`alpha_pattern`"))
 
 
 # ------------------------------------------------------------------------------------- residuals

@@ -82,17 +82,9 @@ def test_wrappers_are_dropped_where_all_have_them(raw: list[str], clean: list[st
 
 
 OTHER_TENSORS = [
-    ("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 4), "trainable tokens"),
-    ("lm_head.base_layer.weight", (9, 4), "save_embedding_layers=False"),
-    (f"{Q}.base_layer.bias", (4,), "trained in full"),
-    (f"{Q}.bias", (4,), "trained in full"),
-    ("lm_head.weight", (9, 4), "trained in full"),
-    ("lm_head.modules_to_save.default.weight", (9, 4), "trained in full"),
     ("model.layers.0.mlp.experts.base_layer.lora_A.weight", (8, 4), "several parameters"),
     (f"{Q}.lora_C.weight", (2, 4), "no known kind"),
     (f"{Q}.lora_E.weight", (2, 1), "no known kind"),
-    ("something", (2, 4), "no known kind"),
-    ("prompt_embeddings", (2, 4), "no known kind"),
 ]
 
 
@@ -198,9 +190,16 @@ def test_parts_that_make_no_pair_are_refused(keys: list[str], says: str) -> None
     assert says in problems[0]
 
 
+def test_tensors_without_factors_are_kept_apart() -> None:
+    contents, problems = sort(lora(Q, 4, 4) | {f"{PREFIX}lm_head.weight": (9, 4)})
+    assert problems == []
+    assert [*contents.saved] == ["lm_head.weight"]
+    assert contents.name is None
+
+
 def test_each_kind_is_said_once_with_the_first_names_and_the_count() -> None:
     halves = {f"{PREFIX}layers.{layer}.lora_A.weight": (4, 4) for layer in range(224)}
-    _, problems = sort(halves | {"x.prompt": (2, 1)})
+    _, problems = sort(halves | {"x.lora_C": (2, 1)})
     assert len(problems) == 2
     text = "\n".join(problems)
     assert "(224 found)" in text

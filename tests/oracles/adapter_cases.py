@@ -1,0 +1,258 @@
+"""Every way to train an adapter that is merged or refused: the rows of docs/adapters.md.
+
+A case names a small model, what PEFT's `LoraConfig` is told, and what must come of it. The tests of
+`test_adapter_cases.py` take each case through PEFT, a merge and the model's answers, and generate
+the table of the docs from this list: what is not here is not claimed there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft_models import VOCABULARY, make_gpt2, make_llama, make_qwen2
+
+# What PEFT is told of a model: trained in full, next to a LoRA that keeps it company.
+ATTENTION = ["q_proj", "v_proj"]
+HEADS = ["embed_tokens", "lm_head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An adapter of one kind on one model.
+
+    `config` is given to `LoraConfig`. `change` alters the model before it is trained, `spoil` the
+    folder after it was saved. `refused` is a phrase of the refusal; None where it is merged. `tied`
+    says whether the merged model's head must still be its embedding.
+    """
+
+    kind: str
+    model: str
+    config: Mapping[str, Any]
+    change: Callable[[Any], None] | None = None
+    spoil: Callable[[Path], None] | None = None
+    refused: str | None = None
+    tied: bool | None = None
+    remark: str = ""
+
+    @property
+    def label(self) -> str:
+        """Unique within a kind: the model, and the remark where there is one."""
+        return f"{self.kind} on {self.model}" + (f" ({self.remark})" if self.remark else "")
+
+
+def make_qwen2_vl(folder: Path, tied: bool = False) -> Path:
+    """A vision-language model: its file has other names than its modules."""
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    torch.manual_seed(20)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_bert(folder: Path) -> Path:
+    """A masked language model whose head, named unlike most, shares the embedding's weight."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=56,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(20)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "Llama": make_llama,
+    "Llama, tied": partial(make_llama, tied=True),
+    "Qwen2": partial(make_qwen2, tied=False),
+    "GPT-2": make_gpt2,
+    "GPT-2, untied": partial(make_gpt2, tied=False),
+    "Qwen2-VL": make_qwen2_vl,
+    "Qwen2-VL, tied": partial(make_qwen2_vl, tied=True),
+    "BERT": make_bert,
+}
+
+
+def load_any(folder: Path) -> Any:
+    """A saved model in float32, as the class that its config names."""
+    import torch
+    import transformers
+
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    kind = getattr(transformers, name)
+    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> Any:
+    """An adapter of the case's kind, saved; returns PEFT's unmerged model.
+
+    Whatever PEFT would train is moved by random values, since it starts where the base is.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = load_any(model_folder)
+    if case.change:
+        case.change(model)
+    model = get_peft_model(model, LoraConfig(**case.config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.2
+    model.save_pretrained(str(out_folder))
+    if case.spoil:
+        case.spoil(out_folder)
+    return model.eval()
+
+
+REPLACING = (
+    Case("modules_to_save", "Llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}),
+    Case(
+        "modules_to_save",
+        "Qwen2",
+        {"target_modules": ATTENTION, "modules_to_save": ["mlp", "input_layernorm"]},
+        remark="modules of several tensors",
+    ),
+    Case(
+        "modules_to_save", "Qwen2-VL", {"target_modules": ATTENTION, "modules_to_save": ["merger"]}
+    ),
+    Case("bias: all", "Qwen2", {"target_modules": ATTENTION, "bias": "all"}),
+    Case("bias: all", "GPT-2", {"target_modules": ["c_attn"], "bias": "all"}),
+    Case("bias: lora_only", "Qwen2", {"target_modules": ATTENTION, "bias": "lora_only"}),
+    Case("bias: lora_only", "GPT-2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    Case(
+        "trainable tokens",
+        "Llama",
+        {"target_modules": ATTENTION, "trainable_token_indices": [90, 3, 41]},
+    ),
+    Case(
+        "trainable tokens",
+        "Llama",
+        {
+            "target_modules": ATTENTION,
+            "trainable_token_indices": {"embed_tokens": [7, 5], "lm_head": [6]},
+        },
+        remark="of embedding and head",
+    ),
+)
+
+
+def _tied(
+    kind: str, remark: str, *models: str, still: bool = False, **config: Any
+) -> tuple[Case, ...]:
+    """One way to train a tied model, on several; `still` says whether it is tied after that."""
+    cases = []
+    for model in models:
+        attention = ["c_attn"] if model.startswith("GPT-2") else ATTENTION
+        targets = attention + config.get("target_modules", [])
+        told = {**config, "target_modules": targets}
+        cases.append(Case(kind, model, told, tied=still, remark=remark))
+    return tuple(cases)
+
+
+_LLAMA, _VL = "Llama, tied", "Qwen2-VL, tied"
+TIED = (
+    *_tied("LoRA on tied weights", "the head", _LLAMA, "GPT-2", _VL, target_modules=["lm_head"]),
+    *_tied("LoRA on tied weights", "the embedding", _LLAMA, _VL, target_modules=["embed_tokens"]),
+    *_tied("LoRA on tied weights", "the embedding", "GPT-2", target_modules=["wte"]),
+    *_tied("LoRA on tied weights", "both", _LLAMA, target_modules=HEADS),
+    *_tied(
+        "LoRA on tied weights",
+        "ensure_weight_tying",
+        _LLAMA,
+        target_modules=["embed_tokens"],
+        ensure_weight_tying=True,
+        still=True,
+    ),
+    *_tied(
+        "modules_to_save of tied weights", "the head", _LLAMA, "GPT-2", modules_to_save=["lm_head"]
+    ),
+    *_tied(
+        "modules_to_save of tied weights", "the embedding", _LLAMA, modules_to_save=["embed_tokens"]
+    ),
+    *_tied("modules_to_save of tied weights", "the embedding", "GPT-2", modules_to_save=["wte"]),
+    *_tied("modules_to_save of tied weights", "both", _LLAMA, _VL, modules_to_save=HEADS),
+    *_tied(
+        "modules_to_save of tied weights",
+        "ensure_weight_tying",
+        _LLAMA,
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+        still=True,
+    ),
+    *_tied(
+        "trainable tokens of tied weights",
+        "",
+        _LLAMA,
+        _VL,
+        still=True,
+        trainable_token_indices=[90, 3],
+    ),
+    *_tied(
+        "trainable tokens of tied weights",
+        "each its own",
+        _LLAMA,
+        trainable_token_indices={"embed_tokens": [7, 5], "lm_head": [6]},
+    ),
+    *_tied(
+        "trainable tokens of tied weights",
+        "ensure_weight_tying",
+        _LLAMA,
+        trainable_token_indices={"embed_tokens": [7, 5], "lm_head": [7, 5]},
+        ensure_weight_tying=True,
+        still=True,
+    ),
+)
+
+# BERT's head has another name than most, a bias of its own, and the bias is shared too.
+_QUERIES: dict[str, Any] = {"target_modules": ["query", "value"]}
+BERT = (
+    Case(
+        "LoRA on tied weights",
+        "BERT",
+        {"target_modules": ["query", "word_embeddings"]},
+        tied=False,
+        remark="the embedding",
+    ),
+    Case(
+        "LoRA on tied weights",
+        "BERT",
+        {"target_modules": ["query", "decoder"]},
+        tied=False,
+        remark="the head",
+    ),
+    Case("bias: all", "BERT", {**_QUERIES, "bias": "all"}),
+    Case(
+        "modules_to_save of tied weights",
+        "BERT",
+        {**_QUERIES, "modules_to_save": ["decoder"]},
+        tied=False,
+        remark="the head",
+    ),
+)
+
+CASES = (*REPLACING, *TIED, *BERT)

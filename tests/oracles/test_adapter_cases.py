@@ -1,0 +1,75 @@
+"""Each case of the registry through PEFT, a merge, and the answers of the merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from adapter_cases import CASES, MODELS, Case, load_any, train
+from exact_merge import read_tensors
+from peft_models import VOCABULARY, Shelf
+
+import streammerge as sm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MERGED = [case for case in CASES if case.refused is None]
+REFUSED = [case for case in CASES if case.refused is not None]
+# Of the largest answer. Two float32 models that compute the same in another order differ by 2e-6.
+TIGHT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("cases"))
+
+
+def answers(model: Any) -> Tensor:
+    """Logits `[sequences, tokens, vocabulary]` for two fixed sequences of all tokens."""
+    import torch
+
+    tokens = torch.arange(2 * 48).reshape(2, 48) % VOCABULARY
+    with torch.inference_mode():
+        out: Tensor = model(input_ids=tokens).logits
+    return out
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a share of the largest answer."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def merge(folder: Path, base: Path, adapter: Path, method: str = "task_arithmetic") -> Path:
+    recipe = {"base_model": str(base), "merge_method": method, "adapters": [{"path": str(adapter)}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    sm.merge(folder / "recipe.yaml", out=folder / "merged", memory="8GiB")
+    return folder / "merged"
+
+
+@pytest.mark.parametrize("case", MERGED, ids=lambda case: case.label)
+def test_the_merged_model_answers_like_the_unmerged_one(
+    shelf: Shelf, tmp_path: Path, case: Case
+) -> None:
+    """Unmerged, because PEFT merges an embedding's delta into a head that shares its weight."""
+    base = shelf.get(case.model, MODELS[case.model])
+    theirs = answers(train(case, base, tmp_path / "adapter"))
+    merged = load_any(merge(tmp_path, base, tmp_path / "adapter"))
+    assert distance(answers(merged), theirs) < TIGHT
+    assert distance(answers(load_any(base)), theirs) > 1000 * TIGHT, "the adapter does nothing"
+    if case.tied is not None:
+        assert is_tied(merged) == case.tied
+        assert set(read_tensors(tmp_path / "merged")) - set(read_tensors(base)) <= heads(merged)
+
+
+def is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return bool(head.weight.data_ptr() == embedding.weight.data_ptr())
+
+
+def heads(model: Any) -> set[str]:
+    """What a file may hold of a head that was tied before: none while it still is."""
+    modules = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+    return set() if is_tied(model) else set(modules)
