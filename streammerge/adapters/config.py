@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from streammerge.adapters.fields import IGNORED, is_off, refused_fields, refused_type
+from streammerge.adapters.fields import IGNORED, asked_extras, is_off, refused_fields, refused_type
 from streammerge.errors import BadInput, Problems, StreammergeError
 from streammerge.storage.smallfile import parse_json, read_small, show
 
@@ -74,6 +74,7 @@ class LoraConfig:
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
+    residual: tuple[str, ...] = ()  # fields by which training changed its base when it started
     ignored: tuple[str, ...] = ()  # fields that are set and steered the training only
 
     def rank(self, module: str) -> int:
@@ -197,6 +198,7 @@ class _Fields:
             trainable_token_indices=self._tokens(),
             base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
             peft_version=self._take("peft_version", None, _is_name, "a version"),
+            residual=tuple(extra.field for extra in asked_extras(self._raw) if extra.residual),
             ignored=tuple(
                 key for key in self._raw if key in IGNORED and not is_off(self._raw[key])
             ),

@@ -208,6 +208,15 @@ def is_off(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
+def asked_extras(raw: Mapping[str, Any]) -> Iterator[Extra]:
+    """The extras that a config asks for."""
+    for extra in EXTRAS:
+        value = raw.get(extra.field)
+        said = value.lower() if isinstance(value, str) else value
+        if not is_off(value) and said not in extra.plain:
+            yield extra
+
+
 def refused_fields(
     raw: Mapping[str, Any], where: str, *, assume_residual_base: bool = False
 ) -> Iterator[BadInput]:
@@ -216,15 +225,12 @@ def refused_fields(
     With `assume_residual_base`, initialisations that changed the base are taken: the base of the
     merge is said to be the changed one.
     """
-    for extra in EXTRAS:
-        value = raw.get(extra.field)
-        said = value.lower() if isinstance(value, str) else value
-        granted = extra.residual and assume_residual_base
-        if not is_off(value) and said not in extra.plain and not granted:
+    for extra in asked_extras(raw):
+        if not (extra.residual and assume_residual_base):
             yield BadInput(
                 f"{extra.what} cannot be merged: {extra.why}",
                 where=where,
-                found=f"{extra.field}: {show(value)}",
+                found=f"{extra.field}: {show(raw[extra.field])}",
                 remedy=extra.remedy,
             )
     known = USED | IGNORED | {extra.field for extra in EXTRAS}

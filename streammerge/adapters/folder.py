@@ -53,9 +53,20 @@ def open_adapter(path: Path, name: str, *, assume_residual_base: bool = False) -
     problems.raise_any()
     assert config is not None and header is not None  # else there was a problem
     notes = [note for field, note in _TRAINING_ONLY.items() if field in config.ignored]
+    notes += _about_base(config, assume_residual_base)
     if path != given:
         notes.insert(0, f"found in {path.relative_to(given)}/ of the folder that is named")
     return AdapterFolder(path, name, header, config, tuple(notes))
+
+
+def _about_base(config: LoraConfig, assume_residual_base: bool) -> list[str]:
+    """What `assume_residual_base` does, where it stands."""
+    if not assume_residual_base:
+        return []
+    if config.residual:
+        fields = ", ".join(config.residual)
+        return [f"{fields}: training changed its base, and the recipe says that this is that one"]
+    return ["assume_residual_base has no effect: its initialisation leaves the base as it is"]
 
 
 def find_adapter(path: Path) -> Path:

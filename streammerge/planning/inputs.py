@@ -94,7 +94,9 @@ class _Opener:
         path = self.path(entry.adapter)
         if path is None:
             return None
-        folder = self._try(lambda: open_adapter(path, entry.name), entry.adapter)
+        residual = entry.assume_residual_base
+        opened = lambda: open_adapter(path, entry.name, assume_residual_base=residual)  # noqa: E731
+        folder = self._try(opened, entry.adapter)
         if folder is None or model is None:
             return None
         resolved = lambda: resolve_adapter(folder, model.tensors, model.config, model.tie)  # noqa: E731

@@ -34,6 +34,7 @@ class Draft:
     adapter: Reference | None
     own: list[Setting]
     place: Place
+    assume_residual_base: bool = False
 
 
 class Drafts:
@@ -80,7 +81,11 @@ class Drafts:
             pair = self._reference(entry.model, (*path, "model")) if entry else None
             if entry and pair:
                 own = settings(self._document, (*path, "parameters"), entry.parameters or ())
-                yield Draft(entry.name, *pair, own, self._document.spot(path).value)
+                residual = bool(entry.assume_residual_base)
+                if residual and pair[1] is None:
+                    place = self._document.spot((*path, "assume_residual_base")).key
+                    self._problems.add(_no_adapter(place))
+                yield Draft(entry.name, *pair, own, self._document.spot(path).value, residual)
 
     def _adapter(self, path: KeyPath, base: Reference | None) -> Draft | None:
         entry = shaped(AdapterShape, self._document, path, self._problems)
@@ -100,7 +105,8 @@ class Drafts:
             return None
         own = settings(self._document, path, entry.model_extra or ())
         own += settings(self._document, (*path, "parameters"), entry.parameters or ())
-        return Draft(entry.name, base, adapter, own, self._document.spot(path).value)
+        spot, residual = self._document.spot(path), bool(entry.assume_residual_base)
+        return Draft(entry.name, base, adapter, own, spot.value, residual)
 
     def _reference(self, value: str | dict[str, Any], path: KeyPath) -> Pair | None:
         place = self._document.spot(path).value
@@ -170,6 +176,16 @@ def _no_base(where: Place) -> ConfigError:
         found="`adapters` without `base_model`",
         expected="the model that the adapters were trained on",
         remedy="add `base_model: ...` at the top level",
+    )
+
+
+def _no_adapter(where: Place) -> ConfigError:
+    return ConfigError(
+        "assume_residual_base stands beside a model without an adapter",
+        where=where,
+        found="assume_residual_base: true",
+        expected="a model with an adapter, such as path+adapter",
+        remedy="remove it here; it belongs to the adapter whose training changed its base",
     )
 
 

@@ -24,7 +24,7 @@ CATALOGUE = frozenset(
 )
 
 # Keys of an adapter among which its parameters stand.
-_BESIDE = ("path", "revision", "name", "parameters")
+_BESIDE = ("path", "revision", "name", "assume_residual_base", "parameters")
 
 # Methods whose divisor is the sum of the weights that agree, element by element.
 _VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "sce"})

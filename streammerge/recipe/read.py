@@ -175,6 +175,7 @@ class _Reading:
                 draft.adapter,
                 parameters.of_model(draft.own, common, draft.place),
                 draft.place,
+                draft.assume_residual_base,
             )
             for name, draft in zip(unique_names(drafts), drafts, strict=True)
         )

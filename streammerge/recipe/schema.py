@@ -33,6 +33,7 @@ FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 
 _FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 _PARAMETERS = "a mapping such as {weight: 0.5}"
+_RESIDUAL = "true or false: whether the base is the one that this adapter's training started from"
 _REFERENCE = "text such as path@revision+adapter@revision, or a mapping with model and lora"
 
 
@@ -61,6 +62,7 @@ class EntryShape(Shape):
 
     model: Text | dict[str, Any] = Field(description=_REFERENCE)
     name: Text | None = Field(None, description="text")
+    assume_residual_base: bool | None = Field(None, description=_RESIDUAL)
     parameters: dict[str, Any] | None = Field(None, description=_PARAMETERS)
 
 
@@ -72,6 +74,7 @@ class AdapterShape(Shape):
     path: Text = Field(description="text: the path of an adapter's folder, or a hub id")
     revision: Text | None = Field(None, description="text: a branch, tag or commit")
     name: Text | None = Field(None, description="text")
+    assume_residual_base: bool | None = Field(None, description=_RESIDUAL)
     parameters: dict[str, Any] | None = Field(None, description=_PARAMETERS)
 
 

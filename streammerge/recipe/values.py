@@ -28,7 +28,8 @@ class Entry:
     """One model that takes part: a model, or a model with an adapter applied to it.
 
     `name` is unique within the recipe. `knobs` holds every per-model knob of the method, with
-    defaults applied.
+    defaults applied. `assume_residual_base` is the user's word that the model is the one which the
+    adapter's initialisation left behind.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry:
     adapter: Reference | None
     knobs: Mapping[str, KnobValue]
     place: Place = field(compare=False)
+    assume_residual_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,12 +79,17 @@ def _is_shorthand(entry: Entry, base: Reference | None) -> bool:
 def _model(entry: Entry, recipe: Recipe) -> dict[str, Any]:
     reference = written(entry.model, entry.adapter, recipe.folder)
     knobs = {"parameters": dict(entry.knobs)} if entry.knobs else {}
-    return {"model": reference, "name": entry.name} | knobs
+    return {"model": reference, "name": entry.name} | _residual(entry) | knobs
 
 
 def _adapter(entry: Entry, adapter: Reference) -> dict[str, Any]:
     revision = {"revision": adapter.revision} if adapter.revision else {}
-    return {"path": adapter.text} | revision | {"name": entry.name} | dict(entry.knobs)
+    named = {"path": adapter.text} | revision | {"name": entry.name}
+    return named | _residual(entry) | dict(entry.knobs)
+
+
+def _residual(entry: Entry) -> dict[str, bool]:
+    return {"assume_residual_base": True} if entry.assume_residual_base else {}
 
 
 def _output(recipe: Recipe) -> str | dict[str, str | int] | None:

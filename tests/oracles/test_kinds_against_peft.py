@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from exact_merge import STEP, Answer, Stored, assert_close, read_tensors
-from kind_cases import CASES, MODELS, Case, answers, merged_by_peft, train
+from kind_cases import CASES, MODELS, Case, answers, load_any, merged_by_peft, train
 from peft_models import Shelf
 
 import streammerge as sm
@@ -40,9 +40,11 @@ def merge(
     *adapters: Path,
     method: str = "task_arithmetic",
     parameters: Any = None,
+    assume_residual_base: bool = False,
     **options: Any,
 ) -> dict[str, Stored]:
-    entries = [{"path": str(path)} for path in adapters]
+    residual = {"assume_residual_base": True} if assume_residual_base else {}
+    entries = [{"path": str(path), **residual} for path in adapters]
     recipe = {"base_model": str(base), "merge_method": method, "adapters": entries}
     recipe |= {"parameters": parameters} if parameters else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,3 +131,52 @@ def test_what_peft_cannot_merge_either_is_refused_with_the_reason(
     assert caught.value.exit_code == 65
     with pytest.raises((NotImplementedError, RuntimeError)):
         merged_by_peft(base, adapter, tmp_path / "peft")
+
+
+# ----------------------------------------------------------------- bases that training changed
+
+
+def train_residual(shelf: Shelf, init: str, folder: Path) -> tuple[Path, Path, Path]:
+    """An adapter that changed its base when training started: it, that base, and what came of it.
+
+    Beside it lies what PEFT makes of it: the same update of the base as it was, of twice the rank.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=init, r=4)
+    model = get_peft_model(load_any(model_of(shelf, "llama")), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(folder / "initial"))
+    model.peft_config["default"].init_lora_weights = init
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter + 0.1 * torch.randn_like(parameter)
+    converted = str(folder / "converted")
+    initial = str(folder / "initial")
+    model.save_pretrained(converted, path_initial_model_for_weight_conversion=initial)
+    model.peft_config["default"].init_lora_weights = init
+    model.save_pretrained(str(folder / "adapter"))
+    model.unload().save_pretrained(folder / "residual")
+    return folder / "adapter", folder / "residual", folder / "converted"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_residual_base_is_merged_at_the_recipes_word(
+    shelf: Shelf, tmp_path: Path, init: str
+) -> None:
+    adapter, residual, converted = train_residual(shelf, init, tmp_path)
+    with pytest.raises(StreammergeError, match="assume_residual_base: true"):
+        merge(tmp_path / "refused", residual, adapter)
+    ours = merge(tmp_path / "ours", residual, adapter, assume_residual_base=True)
+    case = Case("llama", {})
+    expected = answers(case, residual, adapter)
+    for name, answer in expected.items():
+        assert_close(name, ours[name], answer)
+    # Converted, it is plain LoRA on the base as it was, and comes to the same model.
+    original = model_of(shelf, "llama")
+    plain = merge(tmp_path / "plain", original, converted)
+    for name, answer in answers(case, original, converted).items():
+        assert_close(name, plain[name], answer)
+        assert np.abs(plain[name].values() - ours[name].values()).max() < 1e-5

@@ -55,7 +55,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     drawn = drawn or [(base, Reference("lora", None, PLACE))]
     names = draw(st.lists(text, min_size=len(drawn), max_size=len(drawn), unique=True))
     entries = [
-        Entry(name, model, adapter, draw(knobs), PLACE)
+        Entry(name, model, adapter, draw(knobs), PLACE, adapter is not None and draw(st.booleans()))
         for name, (model, adapter) in zip(names, drawn, strict=True)
     ]
     return Recipe(

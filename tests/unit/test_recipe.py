@@ -241,6 +241,20 @@ def test_canonical_yaml_says_everything_and_keeps_the_shorthand() -> None:
     )
 
 
+def test_the_word_on_a_residual_base_is_kept_with_its_adapter() -> None:
+    text = """
+        base_model: b
+        merge_method: task_arithmetic
+        models: [{model: b+m, assume_residual_base: true}, {model: b+n}]
+        adapters: [{path: a, assume_residual_base: true, weight: 2}, {path: c}]
+        """
+    recipe = read(dedent(text))
+    assert [one.assume_residual_base for one in recipe.entries] == [True, False, True, False]
+    written = to_yaml(recipe)
+    assert written.count("assume_residual_base: true") == 2
+    assert read(written) == recipe
+
+
 def test_other_readers_of_yaml_read_the_same_values() -> None:
     recipe = read("merge_method: passthrough\nmodels: [{model: no, parameters: {scale: 1e-30}}]")
     document = yaml.safe_load(to_yaml(recipe))

@@ -81,6 +81,18 @@ def test_fault_2_syntax(text: str, line: int, column: int, word: str) -> None:
         (TIES + "adapters: [{path: a, densty: 1}]", 3, 22, ("did you mean `density`",)),
         (TIES + "adapters: [{path: a, revison: r}]", 3, 22, ("did you mean `revision`",)),
         (
+            TIES + "adapters: [{path: a, assume_residual: true}]",
+            *(3, 22, ("did you mean `assume_residual_base`",)),
+        ),
+        (
+            TIES + "adapters: [{path: a, assume_residual_base: pissa}]",
+            *(3, 44, ("adapters[0].assume_residual_base", "true or false")),
+        ),
+        (
+            TIES + "models: [{model: a, assume_residual_base: true}]",
+            *(3, 21, ("beside a model without an adapter",)),
+        ),
+        (
             TIES + "models: [{model: a}]\nparameters: {lamda: 1}",
             4,
             14,
