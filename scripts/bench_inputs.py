@@ -4,6 +4,7 @@ python scripts/bench_inputs.py llama FOLDER          2.5 GB, bfloat16, two shard
 python scripts/bench_inputs.py adapters FOLDER N     N rank-16 LoRA adapters on all projections
 python scripts/bench_inputs.py finetunes FOLDER N    N full fine-tunes of FOLDER/base
 python scripts/bench_inputs.py embedding FOLDER      one 128256 x 8192 embedding, and a fine-tune
+python scripts/bench_inputs.py embedding-loras FOLDER N   N LoRAs of rank 256 on that embedding
 python scripts/bench_inputs.py sparse70b FOLDER      headers of a 70B model over sparse files
 """
 
@@ -24,6 +25,8 @@ _CHUNK = 1 << 22
 # (hidden, intermediate, layers, key-value width, vocabulary)
 LLAMA_1B = (2048, 8192, 16, 512, 128256)
 LLAMA_70B = (8192, 28672, 80, 1024, 128256)
+
+EMBEDDING = (128256, 8192)
 
 Config = tuple[int, int, int, int, int]
 Fill = Callable[[str, int], Iterable[NDArray[np.generic]]]  # name, elements -> chunks of them
@@ -221,7 +224,7 @@ def make_adapter(
 def make_embedding(folder: Path) -> None:
     """A model of one 128256 x 8192 embedding and a norm, and a fine-tune of it: 2.1 GB each."""
     shapes: dict[str, Shape] = {
-        "model.embed_tokens.weight": (128256, 8192),
+        "model.embed_tokens.weight": EMBEDDING,
         "model.norm.weight": (8192,),
     }
     noise = Noise(7, 0.02)
@@ -229,8 +232,39 @@ def make_embedding(folder: Path) -> None:
     def fill(name: str, count: int) -> Iterable[NDArray[np.generic]]:
         return (to_bfloat16(chunk) for chunk in noise.chunks(count))
 
-    write_folder(folder / "base", shapes, 1, {"model_type": "llama"}, fill)
+    config = {"model_type": "llama", "tie_word_embeddings": False}
+    write_folder(folder / "base", shapes, 1, config, fill)
     make_finetune(folder / "base", folder / "tuned", 8)
+
+
+def make_embedding_adapter(
+    folder: Path,
+    shape: tuple[int, int] = EMBEDDING,
+    *,
+    rank: int,
+    seed: int = 0,
+    dora: bool = False,
+) -> None:
+    """A PEFT LoRA folder in float32 on the embedding alone; with `dora`, lengths of its columns."""
+    vocabulary, hidden = shape
+    prefix = "base_model.model.model.embed_tokens.lora"
+    shapes: dict[str, Shape] = {
+        f"{prefix}_embedding_A": (rank, vocabulary),
+        f"{prefix}_embedding_B": (hidden, rank),
+    }
+    if dora:
+        shapes[f"{prefix}_magnitude_vector"] = (1, hidden)
+    noise = Noise(100 + seed, 0.01)
+    length = 0.02 * vocabulary**0.5  # of a column of the base
+
+    def fill(name: str, count: int) -> Iterable[NDArray[np.generic]]:
+        lift = length if "magnitude" in name else 0
+        return (chunk + np.float32(lift) for chunk in noise.chunks(count))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "adapter_model.safetensors", shapes, "F32", fill)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "use_dora": dora}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
 def make_sparse_70b(folder: Path) -> None:
@@ -255,6 +289,9 @@ def main(arguments: Sequence[str]) -> None:
             make_finetune(root / "base", root / f"tuned-{i}", 20 + i)
     elif kind == "embedding":
         make_embedding(root)
+    elif kind == "embedding-loras":
+        for i in range(count):
+            make_embedding_adapter(root / f"lora-{i}", rank=256, seed=i)
     elif kind == "sparse70b":
         make_sparse_70b(root)
     else:
