@@ -20,7 +20,9 @@ class Change:
     """One model's part in a merge.
 
     `relative` is the mean over its tensors of |update| / |base| (Frobenius norms), the update
-    being the model's own, before weight and pruning; None where there is no base to compare with.
+    being all by which the model differs from the base, before weight and pruning: for an adapter
+    on another model that model's difference too. Tensors that are copied are not measured. None
+    where there is no base to compare with.
     """
 
     name: str

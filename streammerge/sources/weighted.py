@@ -22,7 +22,7 @@ from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product
 from streammerge.sources.replaced import Replaced
 from streammerge.storage.bytesource import Files
-from streammerge.words import Factors, Fold, Source, StatisticValue, TensorSpec, Tile
+from streammerge.words import Factors, Fold, Source, StatisticValue, TensorSpec, Terms, Tile
 
 
 class WeightedSum:
@@ -48,13 +48,25 @@ class WeightedSum:
         self._factor_models: list[int] = []
         factors: list[Factors] = []
         weights: list[float] = []
-        for index, (model, coefficient) in enumerate(zip(models, coefficients, strict=True)):
-            terms = model.terms()
+        split = self._split(models)
+        for index, (terms, coefficient) in enumerate(zip(split, coefficients, strict=True)):
             self._add_rows(terms.rows, coefficient, None if terms.factors else index)
             factors += terms.factors
             weights += [coefficient] * len(terms.factors)
             self._factor_models += [index] * len(terms.factors)
         self._product = Product(files, factors, weights) if factors else None
+
+    def _split(self, models: Sequence[Source]) -> list[Terms]:
+        """The terms of each model; those of another model with an adapter stay together.
+
+        What they change about the base is one norm, which neither of the terms has.
+        """
+        terms = [model.terms() for model in models]
+        compared = self._on_deltas or any(one.rows is self._base for one in terms)
+        return [
+            Terms(model) if compared and one.factors and one.rows is not self._base else one
+            for model, one in zip(models, terms, strict=True)
+        ]
 
     def _add_rows(self, rows: Source, coefficient: float, model: int | None) -> None:
         if self._on_deltas and rows is self._base:
