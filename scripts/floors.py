@@ -16,7 +16,18 @@ PACKAGE = "streammerge"
 
 # Each floor lists its rooms; a file or folder of the package is one room.
 FLOORS = (
-    {"__init__", "words", "arrays", "grid", "memory", "events", "errors", "sizes", "system"},
+    {
+        "__init__",
+        "words",
+        "arrays",
+        "grid",
+        "noise",
+        "memory",
+        "events",
+        "errors",
+        "sizes",
+        "system",
+    },
     {"storage"},
     {"kernels"},
     {"statistics"},

@@ -356,6 +356,8 @@ class MethodSpec:
     # Buffers of a tile's rows that the function allocates; None: one for each model, and one.
     temporaries: int | None = None
     reference: str = ""
+    # Says what is wrong with the per-model knobs that its parameters name, taken together.
+    check: Callable[..., str | None] | None = None
 
     @property
     def needs_base(self) -> bool:
@@ -383,6 +385,7 @@ class Knobs:
     shared: Mapping[str, KnobValue]
     models: int  # of the recipe
     touching: tuple[int, ...]  # positions in the recipe of those in the stack
+    seed: int = 0
 
     @property
     def per_model(self) -> dict[str, PerModel]:
@@ -438,7 +441,7 @@ class Statistic(Protocol):
         ...
 
     def waits_for(self) -> Sequence[str]:
-        """The statistics, by the names of their parameters, whose values it needs."""
+        """The names of parameters whose values it needs; those of statistics must come first."""
         ...
 
     def start(

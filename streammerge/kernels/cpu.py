@@ -12,7 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
+from streammerge import noise
 from streammerge.kernels.cache import CACHED
+
+GOLDEN, FIRST, SECOND = (np.uint64(n) for n in (noise.GOLDEN, noise.FIRST, noise.SECOND))
 
 _f32 = types.float32[::1]
 _f64 = types.float64[::1]
@@ -156,11 +159,120 @@ def keep_at_least(rows, threshold):  # [n], scalar
         bits[i] = np.uint32(0) if small else bits[i]
 
 
-@njit(types.void(_rows, _f64, types.boolean, types.float32, _f32), cache=CACHED, nogil=True)
-def elect(deltas, weights, normalize, scale, out):  # [models, n], [models], -, -, [n]
-    """Weighted vote, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`.
+@njit(types.void(_f32, types.uint32, _i64), cache=CACHED, nogil=True)
+def drop_largest(rows, threshold, quota):  # [n], scalar, scalar
+    """Zero what is above the threshold's magnitude, and the first `quota` equals of it."""
+    bits = rows.view(np.uint32)
+    for i in range(rows.size):
+        key = bits[i] & np.uint32(0x7FFFFFFF)
+        if key > threshold:
+            bits[i] = np.uint32(0)
+        elif key == threshold and quota > 0:
+            quota -= 1
+            bits[i] = np.uint32(0)
 
-    Weights are added up in float64: those that cancel must come to nothing, not to a rounding.
+
+@njit(types.uint64(types.uint64, types.uint64), cache=CACHED, nogil=True, inline="always")
+def _drawn(key, index):  # scalar, scalar
+    """53 random bits of an element; see `noise.uniform`."""
+    z = key + GOLDEN * (index + np.uint64(1))
+    z = (z ^ (z >> np.uint64(30))) * FIRST
+    z = (z ^ (z >> np.uint64(27))) * SECOND
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(11)
+
+
+@njit(types.void(_f32, types.uint64, types.uint64, types.uint64), cache=CACHED, nogil=True)
+def drop(rows, key, first, limit):  # [n], scalar, scalar, scalar
+    """Zero the elements, of flat index `first` and on, whose bits are not under the limit."""
+    bits = rows.view(np.uint32)
+    for i in range(rows.size):
+        kept = _drawn(key, first + np.uint64(i)) < limit
+        bits[i] = bits[i] if kept else np.uint32(0)
+
+
+@njit(types.void(_rows, types.uint64[:, ::1]), cache=CACHED, nogil=True)
+def rank_keys(rows, keys):  # [rows, cols], [rows, cols]
+    """Keys whose order within a row is that of the magnitudes, of equal ones that of columns."""
+    bits = rows.view(np.uint32)
+    for r in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            magnitude = np.uint64(bits[r, c] & np.uint32(0x7FFFFFFF))
+            keys[r, c] = (magnitude << np.uint64(32)) | np.uint64(c)
+
+
+@njit(
+    types.void(
+        _rows, types.uint64[:, ::1], types.uint64, types.uint64, types.float64, types.float64,
+        types.boolean,
+    ),
+    cache=CACHED,
+    nogil=True,
+)  # fmt: skip
+def drop_by_rank(rows, ranked, key, first, low, high, divide):  # [rows, cols] twice, scalars
+    """Keep with a probability from `low`, of each row's smallest, to `high`, of its largest.
+
+    `ranked` are the sorted rank keys. `divide`: what stays is divided by its probability.
+    """
+    cols = rows.shape[1]
+    for r in range(rows.shape[0]):
+        start = first + np.uint64(r) * np.uint64(cols)
+        for rank in range(cols):
+            c = np.int64(ranked[r, rank] & np.uint64(0xFFFFFFFF))
+            middle = 0.5 * (low + high)
+            share = low + (high - low) * rank / (cols - 1) if cols > 1 else middle
+            number = np.float64(_drawn(key, start + np.uint64(c))) * 2.0**-53
+            if number >= share:
+                rows[r, c] = np.float32(0)
+            elif divide:
+                rows[r, c] = np.float32(rows[r, c] / share)
+
+
+@njit(types.float64(_f32), cache=CACHED, nogil=True)
+def sum_of_magnitudes(rows):  # [n]
+    """In float64, four sums side by side, always in this order."""
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    whole = rows.size - rows.size % 4
+    for i in range(0, whole, 4):
+        a += abs(np.float64(rows[i]))
+        b += abs(np.float64(rows[i + 1]))
+        c += abs(np.float64(rows[i + 2]))
+        d += abs(np.float64(rows[i + 3]))
+    for i in range(whole, rows.size):
+        a += abs(np.float64(rows[i]))
+    return (a + b) + (c + d)
+
+
+# How `elect` decides a sign, and what it divides by.
+WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
+BY_NONE, BY_WEIGHTS, BY_COUNT = 0, 1, 2
+
+
+@njit(types.void(_f32, types.float32, _f32, _i64), cache=CACHED, nogil=True)
+def _add_votes(vote, w, row, mode):  # [n], scalar, [n], scalar
+    """Add one model's vote to each element."""
+    zero, one = np.float32(0), np.float32(1)
+    if mode == WEIGHTED:
+        for i in range(row.size):
+            vote[i] += w * row[i]
+    elif mode == UNWEIGHTED:
+        for i in range(row.size):
+            vote[i] += row[i]
+    else:
+        for i in range(row.size):
+            d = w * row[i]
+            vote[i] += one if d > zero else (-one if d < zero else d)  # NaN stays, to be found
+
+
+@njit(
+    types.void(_rows, _f64, _i64, _i64, types.float64, types.float32, _f32),
+    cache=CACHED,
+    nogil=True,
+)
+def elect(deltas, weights, mode, by, least, scale, out):  # [models, n], [models], -, -, -, -, [n]
+    """Vote on signs, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`.
+
+    Weights are added up in float64: those that cancel must come to nothing, not to a rounding. A
+    divisor of nothing is 1; where `least` is above zero, a smaller one is `least`.
     """
     models, n = deltas.shape
     vote = np.empty(BLOCK, np.float32)
@@ -171,28 +283,28 @@ def elect(deltas, weights, normalize, scale, out):  # [models, n], [models], -, 
         size = min(BLOCK, n - start)
         for i in range(size):
             vote[i] = zero
-            total[i] = zero
             divisor[i] = 0.0
         for m in range(models):
-            w = np.float32(weights[m])
-            row = deltas[m, start : start + size]
-            for i in range(size):
-                vote[i] += w * row[i]
+            _add_votes(vote[:size], np.float32(weights[m]), deltas[m, start : start + size], mode)
         for i in range(size):
             total[i] = vote[i] - vote[i]  # nothing; NaN where a delta is not finite, to be found
         for m in range(models):
-            weight = weights[m]
-            w = np.float32(weight)
+            share = 1.0 if by == BY_COUNT else weights[m]
+            w = np.float32(weights[m])
             row = deltas[m, start : start + size]
             for i in range(size):
                 d = w * row[i]
-                agrees = (d > zero) if vote[i] >= zero else (d < zero)
+                side = row[i] if mode == UNWEIGHTED else d
+                agrees = (side > zero) if vote[i] >= zero else (side < zero)
                 total[i] += d if agrees else zero
-                divisor[i] += weight if agrees else 0.0
-        if normalize:
-            for i in range(size):
-                by = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
-                out[start + i] = scale * (total[i] / np.float32(by))
-        else:
+                divisor[i] += share if agrees else 0.0
+        if by == BY_NONE:
             for i in range(size):
                 out[start + i] = scale * total[i]
+        elif least > 0.0:
+            for i in range(size):
+                out[start + i] = scale * (total[i] / np.float32(max(divisor[i], least)))
+        else:
+            for i in range(size):
+                divide = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
+                out[start + i] = scale * (total[i] / np.float32(divide))

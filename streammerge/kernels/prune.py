@@ -60,3 +60,18 @@ def trim(deltas: Deltas, cut: Cut) -> Deltas:
         else:
             cpu.keep_at_least(flat, np.uint32(threshold + (quota == 0)))
     return deltas
+
+
+def drop_largest(deltas: Deltas, cut: Cut) -> Deltas:
+    """Zero what `trim` would keep, in place; returns `deltas`."""
+    from streammerge.kernels import cpu
+
+    for delta, threshold, quota in zip(deltas, cut.thresholds, cut.quotas, strict=True):
+        if threshold < ABOVE_ALL:
+            cpu.drop_largest(delta.reshape(-1), np.uint32(threshold), quota)
+    return deltas
+
+
+def magnitude_of(key: int) -> float:
+    """The magnitude that a key stands for."""
+    return float(np.array([key], np.uint32).view(np.float32)[0])

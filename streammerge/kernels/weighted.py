@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from streammerge.arrays import Rows
+    from streammerge.arrays import Deltas, PerModel, Rows
 
 
 def add_scaled(out: Rows, factor: float, rows: Rows) -> None:
@@ -29,3 +29,28 @@ def sum_of_squared_differences(rows: Rows, base: Rows) -> float:
     from streammerge.kernels import cpu
 
     return float(cpu.sum_of_squared_differences(rows.reshape(-1), base.reshape(-1)))
+
+
+def sum_of_magnitudes(rows: Rows) -> float:
+    """The L1 norm, in float64, always summed in the same order."""
+    from streammerge.kernels import cpu
+
+    return float(cpu.sum_of_magnitudes(rows.reshape(-1)))
+
+
+def add_up(deltas: Deltas, weight: PerModel, scale: float = 1.0) -> Rows:
+    """`scale` times the sum of `w_i d_i`, in float32 and in order; in place of `deltas[0]`."""
+    merged: Rows = deltas[0]
+    merged *= np.float32(weight[0])
+    for delta, factor in zip(deltas[1:], weight.tolist()[1:], strict=True):
+        add_scaled(merged, factor, delta)
+    merged *= np.float32(scale)
+    return merged
+
+
+def scaled(deltas: Deltas, factors: PerModel) -> Deltas:
+    """Each model times its factor, in place; returns `deltas`."""
+    for delta, factor in zip(deltas, factors.tolist(), strict=True):
+        if factor != 1:
+            delta *= np.float32(factor)
+    return deltas

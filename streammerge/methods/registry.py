@@ -33,26 +33,30 @@ def method(
     models: tuple[int, int | None] = (1, None),
     reference: str = "",
     temporaries: int | None = None,
+    check: Callable[..., str | None] | None = None,
 ) -> Callable[[Callable[..., Any]], MethodSpec]:
     """Register a typed function as a merge method, named like the function.
 
     `models` bounds how many models take part; `reference` is the paper; `temporaries` is how many
     buffers of a tile's rows the function allocates itself, which the plan counts (by default one
-    for each model, and one). Raises TypeError when the signature leaves an argument undeclared.
+    for each model, and one). `check` says what is wrong with a model's knobs, which its
+    parameters name, taken together. Raises TypeError when the signature leaves an
+    argument undeclared.
     """
 
     def register(function: Callable[..., Any]) -> MethodSpec:
-        return _declare(function, models, reference, temporaries)
+        return replace(
+            _declare(function),
+            models=models,
+            reference=reference,
+            temporaries=temporaries,
+            check=check,
+        )
 
     return register
 
 
-def _declare(
-    function: Callable[..., Any],
-    models: tuple[int, int | None],
-    reference: str,
-    temporaries: int | None,
-) -> MethodSpec:
+def _declare(function: Callable[..., Any]) -> MethodSpec:
     hints = get_type_hints(function, include_extras=True)
     first, *others = signature(function).parameters.values()
     per_model: dict[str, Knob] = {}
@@ -77,9 +81,6 @@ def _declare(
         per_model=MappingProxyType(per_model),
         shared=MappingProxyType(shared),
         statistics=MappingProxyType(statistics),
-        models=models,
-        reference=reference,
-        temporaries=temporaries,
     )
 
 

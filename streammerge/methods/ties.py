@@ -5,21 +5,38 @@ from __future__ import annotations
 from typing import Annotated
 
 from streammerge.arrays import Deltas, PerModel, Rows
-from streammerge.kernels import Cut, elect, trim
+from streammerge.kernels import Cut, scaled, trim
+from streammerge.methods.family import (
+    Density,
+    Dividing,
+    Equals,
+    Lambda,
+    OverAgreeing,
+    Unscaled,
+    Voting,
+    Weight,
+    kept_share,
+    trimmed,
+    voted,
+)
 from streammerge.methods.registry import method
-from streammerge.statistics import KthMagnitude
-from streammerge.words import Knob
+from streammerge.statistics import KthMagnitude, Rescaling
 
 
 @method(reference="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708", temporaries=0)
 def ties(
     deltas: Deltas,  # [models, rows, cols]
     *,
-    weight: Annotated[PerModel, Knob(1.0, "factor of this model's task vector")],
-    density: Annotated[PerModel, Knob(1.0, "share of elements to keep", above=0, up_to=1)],
-    lambda_: Annotated[float, Knob(1.0, "factor of the merged task vector")],
-    normalize: Annotated[bool, Knob(True, "divide by the weights that agree")],
-    cut: Annotated[Cut, KthMagnitude(keep="density")],
+    weight: Weight,
+    density: Density,
+    lambda_: Lambda,
+    normalize: OverAgreeing,
+    rescale: Unscaled,
+    vote: Voting,
+    divide: Dividing,
+    ties: Equals,
+    cut: Annotated[Cut, KthMagnitude(keep="density", equals="ties")],
+    factor: Annotated[PerModel, Rescaling(of=trimmed, share=kept_share)],
 ) -> Rows:
     """Keep each task vector's largest elements, vote on signs, and average what agrees.
 
@@ -27,6 +44,7 @@ def ties(
     equal ones the lowest index). The sign of sum w_i d_i is elected per element; those of that
     sign are summed, divided by the sum of their weights if `normalize`, times lambda, plus base.
     An adapter that does not touch a tensor has no say there, so an element that one adapter
-    alone keeps is taken at its full strength.
+    alone keeps is taken at its full strength. The paper votes unweighted and divides by count.
     """
-    return elect(trim(deltas, cut), weight, normalize=normalize, scale=lambda_)
+    kept = scaled(trim(deltas, cut), factor)
+    return voted(kept, weight, vote, divide, normalize, lambda_)

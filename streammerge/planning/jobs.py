@@ -64,6 +64,7 @@ class Composer:
         self._inputs = inputs
         self._files = files
         self._shared = recipe.shared
+        self._seed = recipe.seed
         self._per_model = {
             name: np.array([entry.knobs[name] for entry in recipe.entries], np.float64)
             for name in recipe.method.per_model
@@ -89,7 +90,7 @@ class Composer:
             if base is not None and not part:
                 return self._unchanged(base, target)
         chosen = [sources[i] for i in part]
-        knobs = Knobs(self._per_model, self._shared, len(sources), part)
+        knobs = Knobs(self._per_model, self._shared, len(sources), part, self._seed)
         if self._method.returns == "rows":
             return _merge_job(Applied(self._method, knobs, base, chosen), chosen, target, part)
         merged = Combined(self._files, self._method, knobs, base, chosen)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from streammerge.errors import ConfigError, Place, Problems
@@ -170,6 +171,23 @@ def check_weights(
             expected=f"a sum of at least {_LEAST_SUM:g}, plus or minus",
             remedy=f"change the weights, or add `{key}: false` under the top `parameters:`",
         )
+
+
+def check_together(method: MethodSpec, knobs: Mapping[str, KnobValue], where: Place) -> None:
+    """Raise ConfigError when one model's knobs do not go together."""
+    if method.check is None:
+        return
+    names = signature(method.check).parameters
+    if all(name in knobs for name in names):
+        wrong = method.check(**{name: knobs[name] for name in names})
+        if wrong is not None:
+            raise ConfigError(
+                f"{' and '.join(names)} do not go together",
+                where=where,
+                found=", ".join(f"{name} {knobs[name]}" for name in names),
+                expected=wrong,
+                remedy=f"change one of {', '.join(names)}",
+            )
 
 
 def _value(setting: Setting, knob: Knob) -> KnobValue:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from streammerge.errors import ConfigError, Place, Problems, StreammergeError
 from streammerge.recipe.document import Document, parse
 from streammerge.recipe.entries import Draft, Drafts, unique_names
 from streammerge.recipe.files import read_text
-from streammerge.recipe.parameters import Parameters, check_weights, settings
+from streammerge.recipe.parameters import Parameters, check_together, check_weights, settings
 from streammerge.recipe.references import identity
 from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
 from streammerge.recipe.values import Entry, Recipe, Reference
@@ -181,6 +182,8 @@ class _Reading:
         )
         self._warnings += parameters.warnings()
         self._check_weights(entries, shared, method)
+        for entry in entries:
+            self._try(partial(check_together, method, entry.knobs, entry.place))
         return entries, shared
 
     def _check_weights(
@@ -188,10 +191,13 @@ class _Reading:
     ) -> None:
         weights = [float(entry.knobs["weight"]) for entry in entries if "weight" in entry.knobs]
         if self._whole and weights and len(weights) == len(entries):
-            try:
-                check_weights(method, weights, shared, entries[0].place)
-            except ConfigError as problem:
-                self._problems.add(problem)
+            self._try(lambda: check_weights(method, weights, shared, entries[0].place))
+
+    def _try(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except ConfigError as problem:
+            self._problems.add(problem)
 
     def _out_dtype(self) -> DType | None:
         name = self._shape.out_dtype or self._shape.dtype

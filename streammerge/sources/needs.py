@@ -33,7 +33,7 @@ class Needs:
         found: dict[str, Fold | StatisticValue] = {}
         each = state_bytes // max(1, len(self._reading()))
         for name, statistic in self._statistics.items():
-            if name in known or not all(other in known for other in statistic.waits_for()):
+            if name in known or not all(other in known for other in self._waits_for(statistic)):
                 continue
             found[name] = one = statistic.start(self._spec, self._knobs, known, each)
             if isinstance(one, StatisticValue):
@@ -54,12 +54,15 @@ class Needs:
         over: dict[str, int] = {}  # after how many reads
         waves: list[list[str]] = []
         for name, statistic in self._statistics.items():
-            first = max((over[other] for other in statistic.waits_for()), default=0)
+            first = max((over[other] for other in self._waits_for(statistic)), default=0)
             over[name] = first + statistic.reads(self._knobs)
             waves += [[] for _ in range(over[name] - len(waves))]
             for wave in waves[first : over[name]]:
                 wave.append(name)
         return waves
+
+    def _waits_for(self, statistic: Statistic) -> Sequence[str]:
+        return [name for name in statistic.waits_for() if name in self._statistics]
 
     def measured(self, names: Iterable[str]) -> Sequence[int]:
         """The places in the stack of the models that some statistics read."""

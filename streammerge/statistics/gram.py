@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +16,8 @@ import numpy as np
 from streammerge import grid
 from streammerge.kernels.product import gram
 from streammerge.memory import Scratch
+from streammerge.statistics.given import Same
+from streammerge.statistics.of_stack import check_names, of_shared
 from streammerge.words import (
     Declared,
     DeltaStack,
@@ -47,10 +48,8 @@ class Gram:
     with_base: bool = False
 
     def check(self, declared: Declared) -> None:
-        names = signature(self.over).parameters if self.over else ()
-        for name in names:
-            if name not in declared.shared:
-                raise TypeError(f"Gram: {name!r} is no shared knob that is declared before")
+        if self.over is not None:
+            check_names(self.over, declared.shared)
 
     def waits_for(self) -> Sequence[str]:
         return ()
@@ -89,9 +88,8 @@ class Gram:
         return _Products(over, self.with_base, knobs.models, knobs.touching)
 
     def _over(self, knobs: Knobs) -> Over:
-        if self.over is None:
-            return "tensor"
-        return self.over(**{name: knobs.shared[name] for name in signature(self.over).parameters})
+        over: Over = "tensor" if self.over is None else of_shared(self.over, knobs)
+        return over
 
     def _vectors(self, spec: TensorSpec, knobs: Knobs, rows: int) -> int:
         over = self._over(knobs)
@@ -138,7 +136,7 @@ class _Products:
         places = [*range(first), *(first + model for model in self.touching)]
         whole = np.zeros((*found.shape[:-2], *2 * (first + self.models,)))
         whole[..., np.ix_(places, places)[0], np.ix_(places, places)[1]] = found
-        return _Whole(whole)
+        return Same(whole)
 
 
 def _by_vector(rows: Sequence[Rows], over: Over) -> InnerProducts:
@@ -150,13 +148,3 @@ def _by_vector(rows: Sequence[Rows], over: Over) -> InnerProducts:
         found[:, i, j] = np.einsum(form, rows[i], rows[j], dtype=np.float64)
         found[:, j, i] = found[:, i, j]
     return np.expand_dims(found, axis)
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """The same for every tile."""
-
-    products: InnerProducts
-
-    def at(self, tile_index: int) -> InnerProducts:
-        return self.products

@@ -10,8 +10,9 @@ import pytest
 
 from streammerge.kernels import Cut, trim
 from streammerge.kernels.prune import ABOVE_ALL
-from streammerge.statistics import KthMagnitude, kth_magnitude
-from streammerge.statistics.kth_magnitude import Bracket, Counting, Thresholds
+from streammerge.statistics import KthMagnitude, tally
+from streammerge.statistics.select import Counting, Subject, Thresholds, each_model
+from streammerge.statistics.tally import Bracket
 from streammerge.words import Declared, DType, Knobs, StatisticValue, TensorSpec, Tile
 from tests.contracts.statistic_contract import (
     StatisticContract,
@@ -108,8 +109,8 @@ class TestNarrowing:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kth_magnitude, "BINS", 16)
-        monkeypatch.setattr(kth_magnitude, "_MOST_KEYS", 6)
+        monkeypatch.setattr(tally, "BINS", 16)
+        monkeypatch.setattr(tally, "MOST_KEYS", 6)
 
     @pytest.mark.parametrize("each", [200, 1000, 1 << 20])
     @pytest.mark.parametrize("share", [0.003, 0.2, 0.5, 0.9, 0.999])
@@ -129,7 +130,7 @@ class TestNarrowing:
             grid = cut_rows(31, 3, 4, 17)
             spec = TensorSpec("w", delta.shape, DType.F32)
             pending = {0: Bracket(max(1, int(share * delta.size)), *bracket)}
-            fold = Counting(spec, pending, Thresholds(1), each)
+            fold = Counting(Subject(spec, each_model), pending, Thresholds(1), each)
             value, _ = fold_over(fold, [delta], grid)
             assert_kept(value, [delta], grid, [share])
 
@@ -139,7 +140,9 @@ class TestNarrowing:
         grid = cut_rows(31, 10, 20)
         spec = TensorSpec("w", (31, 11), DType.F32)
         pending = {0: Bracket(100, 1, 2), 1: Bracket(7)}
-        value, reads = fold_over(Counting(spec, pending, Thresholds(2), 1 << 20), deltas, grid)
+        value, reads = fold_over(
+            Counting(Subject(spec, each_model), pending, Thresholds(2), 1 << 20), deltas, grid
+        )
         assert reads > 2
         assert_kept(value, deltas, grid, [100.5 / 341, 7.5 / 341])
 

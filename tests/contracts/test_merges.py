@@ -114,7 +114,7 @@ class TestAppliedTies(MergedContract):
         self.table = table = Table(folder, shape)
         knobs = Knobs(
             {"weight": np.array(self.weights), "density": np.array(self.densities)},
-            {"lambda": 1.0, "normalize": True},
+            {name: knob.default for name, knob in CATALOGUE["ties"].shared.items()},
             3,
             (0, 1, 2),
         )
@@ -147,7 +147,7 @@ class TestAppliedTies(MergedContract):
         sources = [Dense(files, read_header(one).tensors[NAME]) for one in (path, zeros)]
         knobs = Knobs(
             {"weight": np.ones(1), "density": np.array([0.6])},
-            {"lambda": 1.0, "normalize": True},
+            {name: knob.default for name, knob in CATALOGUE["ties"].shared.items()},
             1,
             (0,),
         )

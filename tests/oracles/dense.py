@@ -154,20 +154,38 @@ def ties(
     lambda_: float = 1.0,
     normalize: bool = True,
 ) -> Answer:
-    """TIES of float32 task vectors, taken as they are, so that every threshold is exact.
-
-    The vote is the sign of `sum w_i d_i`, zero counting as plus. The `w_i d_i` of that sign are
-    summed; zeros never agree. `normalize` divides by the sum of their `w_i`, by 1 where that is
-    under 1e-8 in magnitude.
-    """
+    """TIES of float32 task vectors, taken as they are, so that every threshold is exact."""
     kept = [keep_largest(d, density) for d, density in zip(deltas, densities, strict=True)]
+    return voted(base, kept, weights, divide="weights" if normalize else "none", lambda_=lambda_)
+
+
+def voted(
+    base: Exact,
+    kept: Sequence[Exact],
+    weights: Sequence[float],
+    *,
+    vote: str = "weighted",
+    divide: str = "weights",
+    lambda_: float = 1.0,
+    least_divisor: float = 0.0,
+) -> Answer:
+    """The election of TIES.
+
+    The vote is the sign of `sum w_i d_i`, of `sum d_i` (unweighted) or of the sum of the signs of
+    the `w_i d_i` (count), zero counting as plus. The `w_i d_i` of that sign (unweighted: whose d_i
+    has it) are summed; zeros never agree. They are divided by the sum of their `w_i` or by their
+    number; by 1 where that is under 1e-8 in magnitude, by `least_divisor` at least.
+    """
     terms = [w * d for w, d in zip(weights, kept, strict=True)]
     zeros = np.zeros(base.shape)
-    vote = sum(terms, zeros)
-    merged, slack = _of_sign(vote >= 0, terms, weights, normalize)
-    opposite, other_slack = _of_sign(vote < 0, terms, weights, normalize)
-    margin = (len(terms) + 2) * UNIT * sum((np.abs(term) for term in terms), zeros)
-    unclear = (np.abs(vote) <= margin) & (margin > 0)
+    votes = {"weighted": terms, "unweighted": kept, "count": [np.sign(term) for term in terms]}
+    total = sum(votes[vote], zeros)
+    sides = kept if vote == "unweighted" else terms
+    shares = {"weights": weights, "count": [1.0] * len(terms), "none": None}[divide]
+    merged, slack = _of_sign(total >= 0, sides, terms, shares, least_divisor)
+    opposite, other_slack = _of_sign(total < 0, sides, terms, shares, least_divisor)
+    margin = (len(terms) + 4) * UNIT * sum((np.abs(one) for one in votes[vote]), zeros)
+    unclear = (np.abs(total) <= margin) & (margin > 0) & (vote != "count")
     value = base + lambda_ * merged
     other = np.where(unclear, base + lambda_ * opposite, np.nan)
     slack = np.where(unclear, np.maximum(slack, other_slack), slack)
@@ -177,20 +195,29 @@ def ties(
 
 
 def _of_sign(
-    plus: Mask, terms: Sequence[Exact], weights: Sequence[float], normalize: bool
+    plus: Mask,
+    sides: Sequence[Exact],
+    terms: Sequence[Exact],
+    shares: Sequence[float] | None,
+    least_divisor: float,
 ) -> tuple[Exact, Exact]:
     """The (mean of the) terms of the elected sign, and what float32 may miss it by."""
-    agrees = [np.where(plus, term > 0, term < 0) for term in terms]
+    agrees = [np.where(plus, side > 0, side < 0) for side in sides]
     zeros = np.zeros(plus.shape)
-    total = sum((np.where(a, t, 0) for a, t in zip(agrees, terms, strict=True)), zeros)
-    slack = (len(terms) + 2) * UNIT * np.abs(total)  # terms of one sign do not cancel
-    if not normalize:
+    picked = [np.where(a, t, 0) for a, t in zip(agrees, terms, strict=True)]
+    total = sum(picked, zeros)
+    slack = (len(terms) + 4) * UNIT * sum((np.abs(term) for term in picked), zeros)
+    if shares is None:
         return total, slack
-    divisor = sum((a * w for a, w in zip(agrees, weights, strict=True)), zeros)
-    absolute = sum((a * abs(w) for a, w in zip(agrees, weights, strict=True)), zeros)
-    alone = np.abs(divisor) < _LEAST_DIVISOR
-    divisor = np.where(alone, 1.0, divisor)
+    divisor = sum((a * w for a, w in zip(agrees, shares, strict=True)), zeros)
+    absolute = sum((a * abs(w) for a, w in zip(agrees, shares, strict=True)), zeros)
+    if least_divisor:
+        alone = divisor < least_divisor
+        divisor = np.maximum(divisor, least_divisor)
+    else:
+        alone = np.abs(divisor) < _LEAST_DIVISOR
+        divisor = np.where(alone, 1.0, divisor)
     # Weights of both signs may cancel, which magnifies the roundings of their sum.
     relative = np.where(alone, 0, (len(terms) + 2) * UNIT * absolute / np.abs(divisor))
     mean = total / divisor
-    return mean, slack / np.abs(divisor) + np.abs(mean) * (relative + UNIT)
+    return mean, slack / np.abs(divisor) + np.abs(mean) * (relative + 2 * UNIT)

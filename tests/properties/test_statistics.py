@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from streammerge.kernels import trim
 from streammerge.kernels.prune import ABOVE_ALL, keys
-from streammerge.statistics import KthMagnitude, kth_magnitude
-from streammerge.statistics.kth_magnitude import Bracket, Counting, Thresholds
+from streammerge.statistics import KthMagnitude, select, tally
+from streammerge.statistics.select import Counting, Subject, Thresholds, each_model
+from streammerge.statistics.tally import Bracket
 from streammerge.words import DType, Knobs, StatisticValue, TensorSpec
 from tests.contracts.statistic_contract import cut_rows, fold_over
 from tests.oracles.dense import Single, keep_largest
@@ -36,11 +37,11 @@ def tensors(draw: st.DrawFn) -> Single:
 def small() -> Iterator[None]:
     """So that tensors of this size are sampled, binned and narrowed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kth_magnitude, "BINS", 8)
-        patch.setattr(kth_magnitude, "_MOST_KEYS", 4)
-        patch.setattr(kth_magnitude, "_SAMPLE_FROM", 24)
-        patch.setattr(kth_magnitude, "_LEAST_ROWS", 4)
-        patch.setattr(kth_magnitude, "_SAMPLE_ELEMENTS", 12)
+        patch.setattr(tally, "BINS", 8)
+        patch.setattr(tally, "MOST_KEYS", 4)
+        patch.setattr(select, "_SAMPLE_FROM", 24)
+        patch.setattr(select, "_LEAST_ROWS", 4)
+        patch.setattr(select, "_SAMPLE_ELEMENTS", 12)
         yield
 
 
@@ -81,6 +82,6 @@ def test_any_bracket_is_exact(
     high = data.draw(st.sampled_from([edge for edge in edges if edge > low]))
     spec = TensorSpec("w", delta.shape, DType.F32)
     pending = {0: Bracket(k, low, high)}
-    fold = Counting(spec, pending, Thresholds(1), state_bytes)
+    fold = Counting(Subject(spec, each_model), pending, Thresholds(1), state_bytes)
     value, _ = fold_over(fold, [delta], cut_rows(len(delta), *tops))
     assert_kept(value, delta, k, tops)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from streammerge.kernels import Cut, elect, multiply, narrow, trim, widen
 from streammerge.kernels.casts import not_finite
 from streammerge.kernels.product import gram, squared_norms
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, count_and_collect, keys
+from streammerge.kernels.vote import Divisor, Vote
 from streammerge.kernels.weighted import (
     add_scaled,
     sum_of_squared_differences,
@@ -232,27 +234,36 @@ def test_trim_takes_each_model_by_its_own_cut_in_place() -> None:
 
 
 def expected_vote(
-    values: Sequence[float], weights: Sequence[float], normalize: bool, scale: float
+    values: Sequence[float], weights: Sequence[float], mode: str, divide: str, scale: float
 ) -> float:
     """One element of `elect`, in float32 and in the order of the models."""
     one = np.float32
     terms = [one(w) * one(v) for w, v in zip(weights, values, strict=True)]
+    votes = {"weighted": terms, "unweighted": values, "count": np.sign(terms)}[mode]
     vote = one(0)
-    for term in terms:
-        vote = one(vote + term)
+    for each in votes:
+        vote = one(vote + one(each))
     total, divisor = one(0), one(0)
-    for term, weight in zip(terms, weights, strict=True):
-        if term > 0 if vote >= 0 else term < 0:
-            total, divisor = one(total + term), one(divisor + one(weight))
-    if normalize:
+    for value, term, weight in zip(values, terms, weights, strict=True):
+        side = value if mode == "unweighted" else term
+        if side > 0 if vote >= 0 else side < 0:
+            share = 1.0 if divide == "count" else weight
+            total, divisor = one(total + term), one(divisor + one(share))
+    if divide != "none":
         total = one(total / (one(1) if abs(divisor) < one(1e-8) else divisor))
     return float(one(scale) * total)
 
 
 @settings(max_examples=200)
-@given(st.data(), st.integers(1, 5), st.integers(1, 30), st.booleans())
+@given(
+    st.data(),
+    st.integers(1, 5),
+    st.integers(1, 30),
+    st.sampled_from(get_args(Vote)),
+    st.sampled_from(get_args(Divisor)),
+)
 def test_elect_is_its_formula_to_the_bit(
-    data: st.DataObject, models: int, size: int, normalize: bool
+    data: st.DataObject, models: int, size: int, vote: Vote, divide: Divisor
 ) -> None:
     number = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, -0.3, 0.7, 1e-20, -2.5])
     deltas = np.array(data.draw(st.lists(number, min_size=models * size, max_size=models * size)))
@@ -262,10 +273,10 @@ def test_elect_is_its_formula_to_the_bit(
     weights = np.array(data.draw(st.lists(share, min_size=models, max_size=models)))
     scale = data.draw(st.sampled_from([1.0, -0.5, 0.3]))
     expected = [
-        expected_vote(deltas[:, 0, i].tolist(), weights.tolist(), normalize, scale)
+        expected_vote(deltas[:, 0, i].tolist(), weights.tolist(), vote, divide, scale)
         for i in range(size)
     ]
-    merged = elect(deltas.copy(), weights, normalize=normalize, scale=scale)
+    merged = elect(deltas.copy(), weights, vote=vote, divide=divide, scale=scale)
     np.testing.assert_array_equal(merged, np.array([expected], np.float32))
 
 
@@ -274,9 +285,9 @@ def test_elect_works_across_its_blocks() -> None:
     rng = np.random.default_rng(0)
     deltas = rng.normal(size=(3, 7, 311)).astype(np.float32)
     weights = np.array([0.5, -1.0, 0.25])
-    whole = elect(deltas.copy(), weights, normalize=True)
+    whole = elect(deltas.copy(), weights)
     for start, stop in ((0, 1), (1, 4), (4, 7)):
-        part = elect(deltas[:, start:stop].copy(), weights, normalize=True)
+        part = elect(deltas[:, start:stop].copy(), weights)
         assert part.tobytes() == whole[start:stop].tobytes()
 
 
@@ -294,14 +305,14 @@ def test_elect_works_across_its_blocks() -> None:
 )
 def test_elections(values: Sequence[float], weights: Sequence[float], expected: float) -> None:
     deltas = np.array(values, np.float32).reshape(-1, 1, 1)
-    assert elect(deltas, np.array(weights), normalize=True)[0, 0] == expected
+    assert elect(deltas, np.array(weights))[0, 0] == expected
 
 
 @pytest.mark.parametrize("weights", [(0.1, 0.2, -0.3), (0.3, 0.6, -0.9), (0.15, 0.55, -0.7)])
 def test_weights_that_sum_to_nothing_divide_by_one(weights: tuple[float, ...]) -> None:
     """As decimals they do; their float32 values miss that by up to 3e-8, more than 1e-8."""
     deltas = np.array([1, 1, -1], np.float32).reshape(-1, 1, 1)
-    merged = elect(deltas, np.array(weights), normalize=True)
+    merged = elect(deltas, np.array(weights))
     assert merged[0, 0] == pytest.approx(sum(abs(w) for w in weights), rel=1e-6)
 
 

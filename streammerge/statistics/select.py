@@ -1,0 +1,259 @@
+"""The exact k-th largest magnitude of whole tensors, as folds over tiles.
+
+    SampledBracket   reads a thin sample and brackets each threshold
+    Counting         reads everything once: counts above the bracket, collects what is inside
+    Thresholds       the value: a threshold, and how many equals each tile keeps
+
+A bracket that misses is moved, one that holds too much is binned and narrowed; both cost another
+read and neither changes the result, which is exact whatever the sample. Zeros never matter: to
+keep or to trim them is the same.
+
+"Keep k" follows one rule everywhere: the k largest stay, and of equal magnitudes at the threshold
+those with the lowest index. A slot is one k of one tensor: a model's delta, or something computed
+from all of them, which may have several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, Cut, keys
+from streammerge.memory import Scratch
+from streammerge.statistics import tally
+from streammerge.statistics.tally import Bracket, Part, Tally, collect
+from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from streammerge.arrays import Rows
+    from streammerge.statistics.tally import Keys
+
+# Tensors smaller than this are not worth a sample: everything is inside the bracket.
+_SAMPLE_FROM = 1 << 15
+# Every eighth row, within these bounds: reading a row of a full model reads all its columns.
+_LEAST_ROWS = 64
+_SAMPLE_ROWS = 1024
+_SAMPLE_ELEMENTS = 96 << 10  # so many that a sample is no larger than any other part
+# Low-rank deltas are clustered by rows, so the spread is taken between rows; an estimate that
+# treats elements as independent missed on the first real tensor.
+_SPREADS = 4.5
+
+# The rows of each of some slots; the next may overwrite the last.
+Look = Callable[[DeltaStack, Iterable[int]], Iterator[tuple[int, "Rows"]]]
+# The k of every slot, once it is known how many elements are not zero.
+Recount = Callable[[int], Mapping[int, int]]
+
+
+def part_bytes() -> int:
+    """The most that a measured part holds of one slot."""
+    return max(4 * tally.BINS, 8 * tally.MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
+
+
+def least_state_bytes() -> int:
+    """The state that one slot cannot do without."""
+    return 8 * tally.BINS
+
+
+def select(
+    spec: TensorSpec,
+    counts: Mapping[int, int],
+    look: Look,
+    state_bytes: int,
+    *,
+    recount: Recount | None = None,
+    whole_rows: bool = False,
+    all_equal: bool = False,
+) -> Fold | StatisticValue:
+    """The fold that finds the `counts[slot]` largest of each slot.
+
+    `recount` mends counts that depend on how many elements are not zero. `whole_rows`: what is
+    looked at needs all columns of a row. `all_equal`: those equal to the last that stays stay too.
+    """
+    thresholds = Thresholds(len(counts), all_equal=all_equal)
+    pending = {}
+    for slot, k in counts.items():
+        if k <= 0 and recount is None:
+            thresholds.keep_none(slot)
+        elif k < spec.numel or recount is not None:
+            pending[slot] = Bracket(k)
+    if not pending:
+        return thresholds
+    each = max(least_state_bytes(), state_bytes // len(pending))
+    subject = Subject(spec, look, recount, whole_rows)
+    if spec.numel < _SAMPLE_FROM or subject.sample() == Tile(0, spec.rows):
+        return Counting(subject, pending, thresholds, each)
+    return SampledBracket(subject, pending, thresholds, each)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at."""
+
+    spec: TensorSpec
+    look: Look
+    recount: Recount | None = None
+    whole_rows: bool = False
+
+    def sample(self) -> Tile:
+        """A thinned tile. The steps are odd, so that they do not beat with head sizes."""
+        rows = max(_LEAST_ROWS, min(_SAMPLE_ROWS, self.spec.rows // 8))
+        if self.whole_rows:
+            rows = max(1, min(rows, _SAMPLE_ELEMENTS // self.spec.cols))
+        row_step = -(-self.spec.rows // rows) | 1
+        sampled = len(range(0, self.spec.rows, row_step))
+        col_step = -(-self.spec.cols * sampled // _SAMPLE_ELEMENTS) | 1
+        return Tile(0, self.spec.rows, row_step, 1 if self.whole_rows else col_step)
+
+
+def each_model(stack: DeltaStack, slots: Iterable[int]) -> Iterator[tuple[int, Rows]]:
+    """A slot for each model: its delta."""
+    for model in slots:
+        yield model, stack.one(model)
+
+
+@dataclass(slots=True)
+class Thresholds:
+    """Per slot: the key of the threshold, the equals to keep, and where the equals lie."""
+
+    slots: int
+    keys: dict[int, int] = field(default_factory=dict)
+    quotas: dict[int, int] = field(default_factory=dict)
+    equals_before: dict[int, NDArray[np.int64]] = field(default_factory=dict)  # [tiles + 1]
+    all_equal: bool = False
+
+    def keep_none(self, slot: int) -> None:
+        self.keys[slot] = ABOVE_ALL
+
+    def at(self, tile_index: int) -> Cut:
+        """The cut of one tile: what is left of the quota once earlier tiles took theirs."""
+        thresholds, quotas = [], []
+        for slot in range(self.slots):
+            threshold = self.keys.get(slot, 0)
+            quota = KEEP_ALL_EQUAL
+            if slot in self.equals_before and not self.all_equal:
+                before = self.equals_before[slot]
+                left = self.quotas[slot] - int(before[tile_index])
+                here = int(before[tile_index + 1] - before[tile_index])
+                quota = KEEP_ALL_EQUAL if left >= here else max(0, left)
+            thresholds.append(threshold)
+            quotas.append(quota)
+        return Cut(tuple(thresholds), tuple(quotas))
+
+
+class SampledBracket:
+    """A thin sample of rows and columns, from which a bracket for each slot's threshold."""
+
+    def __init__(
+        self, subject: Subject, pending: dict[int, Bracket], thresholds: Thresholds, each: int
+    ) -> None:
+        self._subject = subject
+        self._spec = subject.spec
+        self._pending = pending
+        self._thresholds = thresholds
+        self._each = each
+        self._sampled: dict[int, Keys] = {}
+
+    def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
+        return [self._subject.sample()]
+
+    def measure(self, stack: DeltaStack, scratch: Scratch) -> dict[int, Keys]:
+        return {slot: keys(rows) for slot, rows in self._subject.look(stack, self._pending)}
+
+    def absorb(self, tile_index: int, part: dict[int, Keys]) -> None:
+        self._sampled = part
+
+    def finish(self) -> Fold:
+        pending = {
+            slot: _bracket(self._sampled[slot], bracket.k, self._spec.numel)
+            for slot, bracket in self._pending.items()
+        }
+        return Counting(self._subject, pending, self._thresholds, self._each)
+
+
+def _bracket(sample: Keys, k: int, numel: int) -> Bracket:
+    """Where the k-th largest of `numel` lies, from sampled keys `[rows, cols]`."""
+    ordered = np.sort(sample.reshape(-1))
+    size = ordered.size
+    share = k / numel
+    middle = ordered[min(size - 1, int((1 - share) * size))]
+    by_row = np.mean(sample >= middle, axis=1)
+    if len(by_row) == 1:
+        blocks = np.array_split(sample[0] >= middle, min(16, size))
+        by_row = np.array([np.mean(block) for block in blocks])
+    spread = _SPREADS * (float(np.std(by_row)) + 1 / size) / len(by_row) ** 0.5
+    top = int((1 - share + spread) * size) + 1
+    bottom = int((1 - share - spread) * size) - 1
+    high = int(ordered[top]) + 1 if top < size else ABOVE_ALL
+    low = int(ordered[bottom]) if bottom >= 0 else 1
+    return Bracket(k, max(1, low), max(2, high))
+
+
+class Counting:
+    """One read of the whole tensor against a bracket for each slot."""
+
+    def __init__(
+        self, subject: Subject, pending: dict[int, Bracket], thresholds: Thresholds, each: int
+    ) -> None:
+        self._subject = subject
+        self._spec = subject.spec
+        self._thresholds = thresholds
+        self._each = each
+        self._pending = pending
+        self._tallies = {slot: Tally(bracket, each) for slot, bracket in pending.items()}
+
+    def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
+        return grid
+
+    def measure(self, stack: DeltaStack, scratch: Scratch) -> dict[int, Part]:
+        return {
+            slot: self._collect(rows, self._pending[slot], scratch)
+            for slot, rows in self._subject.look(stack, self._pending)
+        }
+
+    def _collect(self, rows: Rows, bracket: Bracket, scratch: Scratch) -> Part:
+        part = collect(rows, bracket, scratch)
+        if self._subject.recount is None:
+            return part
+        return replace(part, nonzero=int(np.count_nonzero(rows)))
+
+    def absorb(self, tile_index: int, part: dict[int, Part]) -> None:
+        for slot, one in self._tallies.items():
+            one.add(part[slot])
+
+    def finish(self) -> Fold | StatisticValue:
+        """All thresholds, or a further read for those that missed or held too much."""
+        pending: dict[int, Bracket] = {}
+        for slot, one in self._tallies.items():
+            if self._subject.recount is not None:
+                one.recount(self._subject.recount(one.nonzero)[slot])
+            if one.bracket.k <= 0:
+                self._thresholds.keep_none(slot)
+                continue
+            if one.too_few:
+                continue  # no threshold
+            moved = one.missed()
+            if moved is not None:
+                pending[slot] = moved
+            elif one.bins is None:
+                self._settle(slot, one)
+            else:
+                pending[slot] = one.narrowed()
+        if pending:
+            return Counting(self._subject, pending, self._thresholds, self._each)
+        return self._thresholds
+
+    def _settle(self, slot: int, one: Tally) -> None:
+        threshold = one.key()
+        self._thresholds.keys[slot] = threshold
+        up_to = [part.below(threshold + 1) - part.below(threshold) for part in one.parts]
+        equals = np.cumsum([0, *up_to], dtype=np.int64)
+        larger = one.above + one.inside - one.below(threshold + 1)
+        quota = one.bracket.k - larger
+        self._thresholds.quotas[slot] = quota
+        if quota < equals[-1]:
+            self._thresholds.equals_before[slot] = equals

@@ -1,0 +1,176 @@
+"""What one read tells of magnitudes against a bracket, tile by tile and added up.
+
+Magnitudes are compared as keys (see `kernels.prune`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from streammerge.kernels.prune import ABOVE_ALL, count_and_collect
+from streammerge.memory import Scratch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Keys = NDArray[np.uint32]
+
+BINS = 1 << 16
+# A part with more distinct keys than there are bins is sent as bins, so that no part is large.
+# Half as many cost adapters of rank 4 another read: their brackets are wide.
+MOST_KEYS = BINS
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """The k-th largest key is believed to lie in `[low, high)`."""
+
+    k: int
+    low: int = 1
+    high: int = ABOVE_ALL
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One slot's magnitudes of one tile: those inside the bracket, collected or binned."""
+
+    above: int  # elements at or above the bracket
+    held: Keys | None  # [n], sorted
+    up_to: NDArray[np.uint32] | None  # [n], how many elements are up to each; None: each is one
+    bins: NDArray[np.uint32] | None  # [BINS]
+    nonzero: int = 0  # counted where a k depends on it
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.held, self.up_to, self.bins)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    def below(self, key: int) -> int:
+        """How many elements inside the bracket are under the key."""
+        assert self.held is not None
+        index = int(np.searchsorted(self.held, np.uint32(key)))
+        if self.up_to is None or index == 0:
+            return index
+        return int(self.up_to[index - 1])
+
+    @property
+    def inside(self) -> int:
+        if self.bins is not None:
+            return int(self.bins.sum(dtype=np.int64))
+        assert self.held is not None
+        return len(self.held) if self.up_to is None else int(self.up_to[-1])
+
+
+def _shift(bracket: Bracket) -> int:
+    """The keys of a bracket, less its low end, fit into BINS when shifted right by this."""
+    return max(0, (bracket.high - bracket.low - 1).bit_length() - BINS.bit_length() + 1)
+
+
+def _add_to_bins(found: Keys, bracket: Bracket, bins: NDArray[np.uint32]) -> None:
+    from streammerge.kernels import cpu
+
+    cpu.add_to_bins(found, np.uint32(bracket.low), np.uint32(_shift(bracket)), bins)
+
+
+def collect(rows: NDArray[np.float32], bracket: Bracket, scratch: Scratch) -> Part:
+    above, found = count_and_collect(rows, bracket.low, bracket.high, scratch)
+    found.sort()
+    steps = found[1:] != found[:-1]
+    distinct = min(1, len(found)) + int(np.count_nonzero(steps))
+    if distinct > MOST_KEYS:
+        bins = np.zeros(BINS, np.uint32)
+        _add_to_bins(found, bracket, bins)
+        return Part(above, None, None, bins)
+    if 2 * distinct >= len(found):  # to count equals would not make it smaller
+        return Part(above, found.copy(), None, None)
+    lasts = np.append(np.flatnonzero(steps), len(found) - 1)  # of each run of equal keys
+    return Part(above, found[lasts], (lasts + 1).astype(np.uint32), None)
+
+
+class Tally:
+    """The parts of one slot: held as they come, binned once they hold too much."""
+
+    def __init__(self, bracket: Bracket, most_bytes: int) -> None:
+        self.bracket = bracket
+        self.above = 0
+        self.nonzero = 0
+        self.parts: list[Part] = []
+        self.bins: NDArray[np.int64] | None = None
+        self._most_bytes = most_bytes
+        self._held = 0
+
+    def add(self, part: Part) -> None:
+        self.above += part.above
+        self.nonzero += part.nonzero
+        if self.bins is None:
+            self.parts.append(part)
+            self._held += part.nbytes
+            narrow = self.bracket.high - self.bracket.low == 1  # binned, it would stay as it is
+            if part.bins is not None or (self._held > self._most_bytes and not narrow):
+                self._start_bins()
+        else:
+            self._bin(part)
+
+    def _start_bins(self) -> None:
+        self.bins = np.zeros(BINS, np.int64)
+        for part in self.parts:
+            self._bin(part)
+        self.parts.clear()
+
+    def _bin(self, part: Part) -> None:
+        assert self.bins is not None
+        if part.bins is not None:
+            self.bins += part.bins
+            return
+        assert part.held is not None
+        index = (part.held - np.uint32(self.bracket.low)) >> np.uint32(_shift(self.bracket))
+        counts = 1 if part.up_to is None else np.diff(part.up_to, prepend=0)
+        np.add.at(self.bins, index, counts)
+
+    @property
+    def inside(self) -> int:
+        if self.bins is not None:
+            return int(self.bins.sum())
+        return sum(part.inside for part in self.parts)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether fewer than k are not zero: then everything is kept."""
+        return self.bracket.low == 1 and self.above + self.inside < self.bracket.k
+
+    def recount(self, k: int) -> None:
+        """Look for another k in the same bracket."""
+        self.bracket = replace(self.bracket, k=k)
+
+    def missed(self) -> Bracket | None:
+        """The bracket beside this one in which the threshold must lie; None where it is inside."""
+        k, low, high = self.bracket.k, self.bracket.low, self.bracket.high
+        if self.above >= k:
+            return Bracket(k, high, ABOVE_ALL)
+        if self.above + self.inside < k:
+            return Bracket(k, 1, low)
+        return None
+
+    def narrowed(self) -> Bracket:
+        """The bin that holds the threshold."""
+        assert self.bins is not None
+        from_the_top = np.cumsum(self.bins[::-1])
+        index = BINS - 1 - int(np.searchsorted(from_the_top, self.bracket.k - self.above))
+        low = self.bracket.low + (index << _shift(self.bracket))
+        high = min(self.bracket.high, low + (1 << _shift(self.bracket)))
+        return Bracket(self.bracket.k, low, high)
+
+    def key(self) -> int:
+        """The k-th largest key, by bisection over keys: no copy of the parts is made."""
+        wanted = self.bracket.k - self.above  # the threshold is this many from the top, inside
+        inside = self.inside
+        keys = range(self.bracket.low, self.bracket.high)
+        under = bisect_left(keys, True, key=lambda key: inside - self.below(key) < wanted)
+        return self.bracket.low + under - 1
+
+    def below(self, key: int) -> int:
+        return sum(part.below(key) for part in self.parts)
