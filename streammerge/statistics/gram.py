@@ -138,7 +138,7 @@ class _Products:
         places = [*range(first), *(first + model for model in self.touching)]
         whole = np.zeros((*found.shape[:-2], *2 * (first + self.models,)))
         whole[..., np.ix_(places, places)[0], np.ix_(places, places)[1]] = found
-        return _Whole(whole)
+        return GramMatrix(whole)
 
 
 def _by_vector(rows: Sequence[Rows], over: Over) -> InnerProducts:
@@ -153,7 +153,7 @@ def _by_vector(rows: Sequence[Rows], over: Over) -> InnerProducts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Whole:
+class GramMatrix:
     """The same for every tile."""
 
     products: InnerProducts
