@@ -114,6 +114,18 @@ def _recipe_options(command: _F) -> _F:
 @cli.command()
 @_recipe_options
 @click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
+@click.option(
+    "--nan",
+    type=click.Choice(["error", "keep"]),
+    default="error",
+    show_default=True,
+    help="What to do with values that are NaN or infinite.",
+)
+@click.option(
+    "--strict-bytes",
+    is_flag=True,
+    help="Refuse to go on with a merge that other libraries or another processor began.",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no notes.")
 @click.option(
     "--log-format",
@@ -123,7 +135,14 @@ def _recipe_options(command: _F) -> _F:
     help="How progress and notes are written on standard error.",
 )
 def merge(
-    config: str | None, quiet: bool, log_format: str, force: bool, as_json: bool, **options: Any
+    config: str | None,
+    quiet: bool,
+    log_format: str,
+    force: bool,
+    nan: str,
+    strict_bytes: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Merge as the recipe CONFIG says, or as the options say.
 
@@ -134,6 +153,7 @@ def merge(
     """
     recipe = _recipe(config, options)
     from streammerge import engine, progress
+    from streammerge.manner import Manner
 
     with progress.reporter(quiet=quiet, log_format=log_format) as emit:
         if not config:
@@ -141,7 +161,8 @@ def merge(
         out = engine.output_folder(recipe, config or recipe, options["out"])
         made = _plan(recipe, options, emit)
         emit(progress.planned(made))
-        report = engine.run(made, out, force=force, emit=emit)
+        manner = Manner(force, strict_bytes, keep_nan=nan == "keep", emit=emit)
+        report = engine.run(made, out, manner)
     _print(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
 
 

@@ -1,37 +1,38 @@
-"""The merge: `merge(config)` is `run(plan(config))`; what a thread does for it is in `work`."""
+"""The merge: `merge(config)` is `run(plan(config))`; the main loop is in `building`."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from streammerge import events, kernels, system
+from streammerge.building import build
 from streammerge.errors import OutputRefused, Problems
+from streammerge.manner import Manner
 from streammerge.memory import default_budget
 from streammerge.methods import CATALOGUE
 from streammerge.planning import Plan, make_plan
-from streammerge.planning.fingerprint import Identity, identify
-from streammerge.publication import compare_buffers, is_complete, refuse_overlap, write_companions
+from streammerge.planning.fingerprint import identify
+from streammerge.publication import (
+    compare_buffers,
+    recorded_changes,
+    refuse_overlap,
+    there_already,
+)
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
-from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
-from streammerge.sinks.shards import ShardsSink
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
-from streammerge.storage.journal import Journal
-from streammerge.storage.rundir import RunDirectory, check_output, clear_state
+from streammerge.storage.rundir import clear_state
 from streammerge.words import MethodSpec
-from streammerge.work import Worker
 
-PROGRESS_SECONDS = 0.2
-
+AS_USUAL = Manner()
 
 # ------------------------------------------------------------------------------------- the faces
 
@@ -78,17 +79,22 @@ def merge(
     threads: int | None = None,
     io: Io = "auto",
     force: bool = False,
+    strict_bytes: bool = False,
+    nan: Literal["error", "keep"] = "error",
     methods: Mapping[str, MethodSpec] = CATALOGUE,
     emit: events.Emit = events.ignore,
 ) -> Report:
     """Merge as the recipe says, into the folder `out`.
 
     Without `out`, the recipe's `output`, else a folder named like the recipe in the working
-    directory. `force` replaces an output of another merge. The other arguments are those of
-    `plan`; raises StreammergeError, and then the output is absent, or as it was.
+    directory. `force` replaces an output of another merge, finished or not; `strict_bytes` refuses
+    to go on with one that other libraries began; `nan` says whether values that are not finite are
+    an error. The other arguments are those of `plan`; raises StreammergeError, and then the output
+    is absent, or as it was, and the same call goes on from what is done.
     """
     made = plan(config, memory=memory, threads=threads, io=io, methods=methods, emit=emit)
-    return run(made, output_folder(made.recipe, config, out), force=force, emit=emit)
+    manner = Manner(force, strict_bytes, keep_nan=nan == "keep", emit=emit)
+    return run(made, output_folder(made.recipe, config, out), manner)
 
 
 def output_folder(recipe: Recipe, config: str | Path | Recipe, out: str | Path | None) -> Path:
@@ -112,9 +118,9 @@ def warm_up(emit: events.Emit = events.ignore) -> None:
     np.matmul(ones, ones, out=np.empty_like(ones))
 
 
-def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = events.ignore) -> Report:
+def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     """Carry out a plan into the folder `out`: complete under its name, or not there."""
-    started = time.monotonic()
+    started, emit = time.monotonic(), manner.emit
     for warning in plan.warnings:
         emit(events.Warned(warning))
     for note in plan.notes:
@@ -122,111 +128,24 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
     refuse_overlap(plan, out)
     identity = identify(plan.inputs, plan.layouts, to_yaml(plan.recipe, portable=True))
     changes = Changes(plan.inputs.models, plan.layouts)
-    already = not force and is_complete(plan, out, identity)
+    already = there_already(out, identity, manner)
+    resumed = 0
     if already:
         clear_state(out)
     else:
-        check_output(out, force=force)
         compare_buffers(plan)
         with threadpool_limits(1, "blas"), plan.files:
-            _build(plan, out, identity, changes, emit, started)
+            resumed = build(plan, out, identity, changes, manner)
     return Report(
         out=out,
         already_done=already,
-        changes=changes.result(),
+        changes=recorded_changes(out),
         tensors=plan.demand.merged_tensors + plan.demand.copied_tensors,
         read_bytes=plan.files.read_bytes,
         written_bytes=0 if already else plan.output_bytes(),
         copied_bytes=0 if already else plan.demand.copied_bytes,
+        resumed_bytes=resumed,
         seconds=time.monotonic() - started,
         peak_bytes=system.peak_resident_bytes(),
         projected_bytes=plan.flight.projected_bytes,
     )
-
-
-# --------------------------------------------------------------------------------- the main loop
-
-
-def _build(
-    plan: Plan,
-    out: Path,
-    identity: Identity,
-    changes: Changes,
-    emit: events.Emit,
-    started: float,
-) -> None:
-    """In a state folder of its own, which goes again whatever happens, then under its name."""
-    opening = {"fingerprint": identity.fingerprint}
-    with RunDirectory(out) as state:
-        with (
-            Journal(state.journal, opening) as journal,
-            ShardsSink(state.output, plan.layouts, journal) as sink,
-        ):
-            _merge_all(plan, sink, changes, _Meter(plan, emit, started))
-            sink.commit()
-        write_companions(plan, state.output, identity, sink, changes)
-        state.publish()
-
-
-def _merge_all(plan: Plan, sink: ShardsSink, changes: Changes, meter: _Meter) -> None:
-    flight = plan.flight
-    worker = Worker(plan, sink)
-    courses = (Course(job, flight.state_bytes, flight.parts_ahead) for job in plan.jobs())
-    with ThreadPoolExecutor(flight.threads, "worker") as pool:
-        finished = drive(
-            courses,
-            lambda item: pool.submit(worker.work, item),
-            capacity=2 * flight.threads,
-            window=flight.window,
-        )
-        for item, result in finished:
-            _note_down(item, result, sink, changes)
-            meter.count(item)
-
-
-def _note_down(item: Item, result: Any, sink: ShardsSink, changes: Changes) -> None:
-    """Keep the record of a finished item; only the main thread does."""
-    if isinstance(item, Merge):
-        receipt, norms = result
-        sink.record(receipt)
-        changes.add(receipt.tensor, item.index, item.pieces, item.job.models, norms)
-    elif isinstance(item, Copy):
-        sink.record(result)
-        if item.index == 0:
-            changes.copied(result.tensor, item.job.source.path)
-
-
-class _Meter:
-    """Reports progress a few times a second, in bytes of output measured or written."""
-
-    def __init__(self, plan: Plan, emit: events.Emit, started: float) -> None:
-        self._emit = emit
-        self._started = started
-        self._written = self._done = 0
-        self._total = plan.demand.progress_bytes
-        self._last = 0.0
-
-    def count(self, item: Item) -> None:
-        if isinstance(item, Finish):
-            return
-        spec = item.job.target.spec
-        if isinstance(item, Copy):
-            nbytes = item.length
-        else:
-            rows, cols = item.tile.shape(spec)
-            nbytes = rows * cols * spec.dtype.itemsize
-        self._done += nbytes
-        self._written += 0 if isinstance(item, Measure) else nbytes
-        now = time.monotonic()
-        if now - self._last >= PROGRESS_SECONDS or self._done >= self._total:
-            self._last = now
-            self._emit(
-                events.Progress(
-                    done=min(self._done, self._total),
-                    total=self._total,
-                    tensor=spec.name,
-                    written_bytes=self._written,
-                    seconds=now - self._started,
-                    resident_bytes=system.resident_bytes(),
-                )
-            )

@@ -5,8 +5,10 @@
     |   `-- BudgetError         78  the merge does not fit; carries the least budget that would do
     |-- InputMissing            66  a file or folder that was named is not there
     |-- BadInput                65  an input holds something that must not be merged
+    |   `-- InputChanged        65  an input is not what it was when the merge was planned
     |-- OutputRefused           73  the output cannot be created where it was asked for
     |-- StorageError            74  reading or writing failed
+    |-- Interrupted             75  a signal asked to stop; the same command goes on
     `-- Refused                 the first of 78, 66, 65, 73 that applies: several problems at once
 
 Exit codes follow sysexits.h.
@@ -38,6 +40,8 @@ class StreammergeError(Exception):
     """
 
     exit_code = 70
+    # Whether the same command may succeed later, so that what is done of a merge is worth keeping.
+    resumable = True
 
     def __init__(
         self,
@@ -85,6 +89,13 @@ class BadInput(StreammergeError):
     """An input holds something that must not be merged."""
 
     exit_code = 65
+    resumable = False
+
+
+class InputChanged(BadInput):
+    """An input is not what it was when the merge was planned."""
+
+    resumable = True
 
 
 class OutputRefused(StreammergeError):
@@ -97,6 +108,12 @@ class StorageError(StreammergeError):
     """Reading or writing failed."""
 
     exit_code = 74
+
+
+class Interrupted(StreammergeError):
+    """A signal asked to stop; what is done is kept, and the same command goes on from there."""
+
+    exit_code = 75
 
 
 class Refused(StreammergeError):

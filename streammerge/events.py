@@ -22,10 +22,14 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the merge is; `done` and `total` count bytes written or measured."""
+    """How far the merge is; `done` and `total` count bytes written or measured.
+
+    `resumed` of those done were done by an earlier run.
+    """
 
     done: int
     total: int
+    resumed: int
     tensor: str
     written_bytes: int
     seconds: float

@@ -86,6 +86,9 @@ def describe_report(report: Report) -> str:
         lines = ["the output is there already, complete, of this recipe and these inputs"]
     else:
         lines = [str(change) for change in report.changes]
+        if report.resumed_bytes:
+            size = format_size(report.resumed_bytes)
+            lines.append(f"went on with {size} that an earlier run had written")
         lines.append(
             f"{report.tensors} tensors in {_duration(report.seconds)}: read "
             f"{format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} "
@@ -123,8 +126,9 @@ def _duration(seconds: float) -> str:
 
 def _rate_and_eta(event: Progress) -> str:
     seconds = max(event.seconds, 1e-3)
-    left = (event.total - event.done) * seconds / max(event.done, 1)
-    rate = format_size(int(event.done / seconds))
+    done = max(event.done - event.resumed, 1)
+    left = (event.total - event.done) * seconds / done
+    rate = format_size(int(done / seconds))
     memory = format_size(event.resident_bytes)
     return f"{rate}/s, {_duration(left)} left, {memory} of memory"
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from streammerge import __version__, grid
+from streammerge import __version__, events, grid
 from streammerge.errors import BadInput, OutputRefused
+from streammerge.manner import Manner
 from streammerge.memory import Scratch
 from streammerge.planning import Plan
+from streammerge.planning.differences import Differences, differences
 from streammerge.planning.fingerprint import Identity, minor
 from streammerge.recipe import to_yaml
 from streammerge.report import Change, Changes
@@ -27,8 +29,16 @@ from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.bytesource import Files
 from streammerge.storage.card import license_of, model_card
 from streammerge.storage.folder import output_config
-from streammerge.storage.record import RECIPE, ChangeRecord, Record, ShardRecord, find_record
+from streammerge.storage.record import (
+    RECIPE,
+    ChangeRecord,
+    Record,
+    ShardRecord,
+    find_record,
+    read_record,
+)
 from streammerge.storage.references import display_name
+from streammerge.storage.rundir import check_output
 from streammerge.storage.smallfile import read_small
 from streammerge.words import Extent
 
@@ -52,13 +62,44 @@ def refuse_overlap(plan: Plan, out: Path) -> None:
         )
 
 
-def is_complete(plan: Plan, out: Path, identity: Identity) -> bool:
-    """Whether the folder holds this very merge, finished, with every shard at its size."""
-    record = find_record(out)
-    if record is None or record.fingerprint != identity.fingerprint:
+def there_already(out: Path, identity: Identity, manner: Manner) -> bool:
+    """Whether the folder holds this very merge, finished, so that nothing need be done.
+
+    Raises `OutputRefused` where it cannot take the output: there is something of another merge,
+    unless it is to be replaced, or something of others.
+    """
+    differ = finished(out, identity)
+    if differ is None or differ.merge or (differ.elsewhere and manner.strict_bytes):
+        others = (*differ.merge, *differ.elsewhere) if differ else ()
+        check_output(out, force=manner.force, differences=others)
         return False
-    files = {layout.name: layout.size_bytes for layout in plan.layouts}
-    return all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
+    if manner.force:
+        return False
+    for line in differ.elsewhere:
+        manner.emit(
+            events.Warned(f"the output was made elsewhere; its last bits may differ: {line}")
+        )
+    return True
+
+
+def finished(out: Path, identity: Identity) -> Differences | None:
+    """How the finished output in the folder differs from this merge, None where there is none.
+
+    It is finished when every file that its record names is there, the shards at their size.
+    """
+    record = find_record(out)
+    if record is None or not all((out / name).is_file() for name in record.files):
+        return None
+    for name, shard in record.shards.items():
+        if not (out / name).is_file() or (out / name).stat().st_size != shard.bytes:
+            return None
+    return differences(recorded_identity(out, record), identity)
+
+
+def recorded_changes(out: Path) -> tuple[Change, ...]:
+    """What each model changed, as the record of a finished output says."""
+    changes = read_record(out).changes
+    return tuple(Change(one.model, one.applied, one.total, one.relative) for one in changes)
 
 
 def recorded_identity(out: Path, record: Record) -> Identity:
@@ -100,6 +141,11 @@ def _compare(files: Files, ours: Extent, theirs: Extent) -> None:
                 )
 
 
+def built_files(folder: Path) -> list[str]:
+    """The names of what is to be published."""
+    return sorted(os.listdir(folder))
+
+
 def write_companions(
     plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
 ) -> None:
@@ -128,7 +174,7 @@ def _record(
     plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changed: Sequence[Change]
 ) -> Record:
     """What was merged, by what, and checksums of what came of it."""
-    crcs = sink.shard_checksums(plan.layouts)
+    crcs = sink.sums.shards()
     shards = {
         layout.name: ShardRecord(
             layout.size_bytes, hashlib.sha256(layout.header).hexdigest(), crcs[layout.name]
@@ -145,7 +191,7 @@ def _record(
         changes=tuple(_change(change) for change in changed),
         files=companion_digests(folder, shards),
         shards=shards,
-        tensors={name: sink.checksums[name] for name in sorted(sink.checksums)},
+        tensors=dict(sorted(sink.sums.tensors.items())),
     )
 
 

@@ -99,6 +99,7 @@ class Report:
     read_bytes: int
     written_bytes: int
     copied_bytes: int
+    resumed_bytes: int  # of those written, by an earlier run that was stopped
     seconds: float
     peak_bytes: int
     projected_bytes: int

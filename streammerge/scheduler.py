@@ -193,17 +193,19 @@ def drive(
     *,
     capacity: int,
     window: int,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Item, Any]]:
     """Run all courses; yields each finished item with its result, in the order of finishing.
 
-    The first item that fails ends the run with its exception, once those in flight are over.
+    The first item that fails ends the run with its exception, once those in flight are over. Once
+    `stopped`, no more are begun, and the run ends with those in flight.
     """
     coming = iter(courses)
     active: list[Course] = []
     running: dict[Future[Any], tuple[Course, Item]] = {}
     try:
         while True:
-            while len(running) < capacity:
+            while len(running) < capacity and not stopped():
                 picked = _pick(active, coming, window)
                 if picked is None:
                     break
@@ -234,9 +236,9 @@ def _pick(
         course = next(coming, None)  # type: ignore[assignment]
         if course is None:
             return None
-        active.append(course)
         item = course.next()
         if item is not None:
+            active.append(course)
             return course, item
     return None
 

@@ -7,19 +7,18 @@ the sink's write; the receipt goes back to the one thread that keeps the record.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from streammerge.arrays import PerModel, RawBytes
-from streammerge.errors import BadInput
+from streammerge.arrays import RawBytes
 from streammerge.kernels.casts import narrow, not_finite
 from streammerge.memory import Scratch
 from streammerge.planning import Plan
 from streammerge.scheduler import Copy, Finish, Item, Measure, Merge
-from streammerge.sinks.shards import Receipt
+from streammerge.sinks.receipts import Receipt
+from streammerge.spoils import Spoils, refuse_overflow
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent, Tile
 
@@ -39,9 +38,10 @@ class Sink(Protocol):
 class Worker:
     """What the threads share: the sink, and for each its own buffers."""
 
-    def __init__(self, plan: Plan, sink: Sink) -> None:
+    def __init__(self, plan: Plan, sink: Sink, *, keep_nan: bool = False) -> None:
+        self._keep_nan = keep_nan
         self._files = plan.files
-        self._names = [model.name for model in plan.inputs.models]
+        self._spoils = Spoils(plan.inputs, plan.files)
         self._sink = sink
         self._local = threading.local()
 
@@ -58,24 +58,37 @@ class Worker:
     def _measure(self, item: Measure) -> dict[str, Any]:
         return item.job.merged.measure(item.folds, item.tile, item.index, self._scratch())
 
-    def _merge(self, item: Merge) -> tuple[Receipt, PerModel]:
+    def _merge(self, item: Merge) -> Receipt:
         scratch = self._scratch()
         rows, norms = item.job.merged.merge(item.tile, item.index, item.values, scratch)
-        _refuse_spoiled_model(item, norms, self._names)
+        if not self._keep_nan:
+            self._spoils.refuse_model(item, norms)
         target = item.job.target
         stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
-        if narrow(rows, target.spec.dtype, stored):
-            _refuse_not_finite(item, not_finite(rows))
+        spoiled = narrow(rows, target.spec.dtype, stored)
+        if spoiled:
+            self._refuse(item, spoiled, not_finite(rows), scratch)
         crc = self._sink.write(target, item.tile, stored)
-        name = target.spec.name
-        receipt = Receipt(name, target.path, item.index, item.pieces, stored.nbytes, crc)
-        return receipt, norms
+        offset = item.tile.start * target.spec.cols * target.spec.dtype.itemsize
+        return Receipt(
+            *_place(item, offset, stored.nbytes),
+            crc32c=crc,
+            models=item.job.models,
+            norms=tuple(norms.tolist()),
+        )
+
+    def _refuse(self, item: Merge, spoiled: int, in_float32: int, scratch: Scratch) -> None:
+        """Values that are not finite, unless they are to be kept; those too large for the dtype."""
+        if in_float32 and not self._keep_nan:
+            self._spoils.refuse_rows(item, in_float32, scratch)
+        if spoiled > in_float32:
+            refuse_overflow(item, spoiled - in_float32)
 
     def _copy(self, item: Copy) -> Receipt:
         source, target = item.job.source, item.job.target
         self._sink.copy(self._files, source, target, item.start, item.length)
         origin = f"{Path(source.path).name} at {source.offset + item.start}"
-        place = (target.spec.name, target.path, item.index, item.pieces, item.length)
+        place = _place(item, item.start, item.length)
         return Receipt(*place, crc32c=None, copied_from=origin)
 
     def _scratch(self) -> Scratch:
@@ -85,33 +98,8 @@ class Worker:
         return scratch
 
 
-def _rows_of(item: Merge) -> str:
-    return f"{item.job.target.spec.name}, rows {item.tile.start} to {item.tile.stop - 1}"
-
-
-def _refuse_spoiled_model(item: Merge, norms: PerModel, names: Sequence[str]) -> None:
-    """By its norm, which tells whose the values are where the result could not."""
-    if not np.isfinite(norms[0]):
-        return  # no base to compare with, or one that spoils the result itself
-    for model, squared in zip(item.job.models, norms[1:], strict=False):  # none in a mere cast
-        if not np.isfinite(squared):
-            raise BadInput(
-                f"{names[model]} has values that are NaN or infinite",
-                where=_rows_of(item),
-                remedy="fetch or train that model again, or leave it out",
-            )
-
-
-def _refuse_not_finite(item: Merge, in_float32: int) -> None:
-    spec, place = item.job.target.spec, _rows_of(item)
-    if in_float32:
-        raise BadInput(
-            f"the merge has {in_float32} values that are NaN or infinite",
-            where=place,
-            remedy="look for the input that holds them with `streammerge inspect`",
-        )
-    raise BadInput(
-        f"the merge has values that are too large for {spec.dtype.label}",
-        where=place,
-        remedy="choose out_dtype: bfloat16 or float32",
-    )
+def _place(item: Merge | Copy, offset: int, nbytes: int) -> tuple[str, str, int, int, int, int]:
+    """What a receipt says first: tensor, shard, piece, of how many, where, how many bytes."""
+    target = item.job.target
+    where = target.offset + offset
+    return target.spec.name, target.path, item.index, item.pieces, where, nbytes

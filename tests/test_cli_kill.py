@@ -1,4 +1,4 @@
-"""A killed merge starts over and gives the same bytes; two merges do not share an output.
+"""A killed merge goes on and gives the same bytes; two merges do not share an output.
 
 The command is stopped at a chosen call of a chosen function, so that every kill hits its place.
 """
@@ -42,6 +42,9 @@ setattr(owner, name, stop)
 from streammerge.cli import main
 main()
 """
+
+# After publishing, before the state goes.
+TIDYING = "streammerge.storage.lock Lock.remove_folder 1"
 
 # Places on the way of a merge, in their order.
 PLACES = {
@@ -102,7 +105,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", list(PLACES))
-def test_a_killed_merge_starts_over(
+def test_a_killed_merge_goes_on(
     inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path, place: str
 ) -> None:
     out, before = folder / "out", digest(inputs)
@@ -141,7 +144,7 @@ def test_a_kill_after_publishing_leaves_a_complete_output(
     """Killed before the state is removed: the same command says so, and cleans up."""
     out = folder / "out"
     arguments = ("merge", "ties.yaml", "--out", out)
-    with stopped("shutil rmtree 1", tmp_path / "marks", *arguments, cwd=inputs) as merge:
+    with stopped(TIDYING, tmp_path / "marks", *arguments, cwd=inputs) as merge:
         merge.kill()
     assert digest(out) == undisturbed["ties"]
     again = run(*arguments, cwd=inputs)
@@ -157,7 +160,7 @@ def test_what_an_old_kill_left_does_not_stop_another_merge(
     out = folder / "out"
     sm.merge(inputs / "ties.yaml", out=out)
     forced = ("merge", "linear.yaml", "--out", out, "--force")
-    with stopped("shutil rmtree 1", tmp_path / "marks", *forced, cwd=inputs) as merge:
+    with stopped(TIDYING, tmp_path / "marks", *forced, cwd=inputs) as merge:
         merge.kill()
     assert digest(out) == undisturbed["linear"]
     other = run("merge", "ties.yaml", "--out", out, "--force", cwd=inputs)

@@ -18,6 +18,7 @@ from streammerge.planning.outline import Outline
 from streammerge.planning.ties import settle_tie
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
+from streammerge.storage.folder import INDEX
 from streammerge.storage.shard import ShardLayout
 
 
@@ -43,6 +44,10 @@ class Plan:
 
     def output_bytes(self) -> int:
         return sum(layout.size_bytes for layout in self.layouts)
+
+    def last_file(self) -> str:
+        """The file without which nobody takes the output for a model: its index, or all of it."""
+        return INDEX if len(self.layouts) > 1 else self.layouts[0].name
 
     def applied(self) -> dict[str, int]:
         """Adapter -> the tensors that it changes: all that it has, or there would be no plan."""

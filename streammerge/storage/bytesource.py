@@ -19,7 +19,7 @@ import numpy as np
 
 from streammerge import system
 from streammerge.arrays import RawBytes
-from streammerge.errors import BadInput, StorageError
+from streammerge.errors import InputChanged, StorageError
 from streammerge.memory import Scratch
 from streammerge.words import Extent, Tile
 
@@ -179,7 +179,7 @@ class Files:
         planned = self._stamps[path]
         found = Stamp(now.st_size, now.st_mtime_ns, now.st_ino)
         if found != planned:
-            raise BadInput(
+            raise InputChanged(
                 "the file changed after the merge was planned",
                 where=path,
                 found=f"{found.size_bytes} bytes, mtime {found.mtime_ns} ns, inode {found.inode}",
@@ -205,7 +205,7 @@ def _read_into(descriptor: int, path: str, offset: int, out: RawBytes) -> None:
         except OSError as error:
             raise _failed(f"cannot be read at offset {offset + done}", path, error) from error
         if count == 0:
-            raise BadInput(
+            raise InputChanged(
                 f"the file ends at offset {offset + done}",
                 where=path,
                 expected=f"{len(view) - done} more bytes",

@@ -1,29 +1,34 @@
-"""The state of an unfinished merge, beside its output, and how the output appears.
+"""The state of an unfinished merge, and how the output appears.
 
-Everything is built in `.<name>.streammerge/` next to the output. The output under its final name
-is complete or is not there: data sync, journal sync, rename, directory sync.
+Everything is built in `.<name>.streammerge/` beside the output, or, where the output is an empty
+folder that is there already (a mount point), in `.streammerge/` inside it. The output under its
+final name is complete or is not there: data sync, journal sync, rename, directory sync.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from streammerge import system
 from streammerge.errors import OutputRefused, StorageError
+from streammerge.storage.lock import Lock
 from streammerge.storage.record import RECORD, find_record
 
 JOURNAL = "journal"
-_LOCK = "lock"
 _OUTPUT = "output"
+_INSIDE = ".streammerge"
+# What a fresh file system holds at its root.
+_NOTHING = frozenset({_INSIDE, "lost+found"})
 
 
-def check_output(out: Path, *, force: bool) -> None:
+def check_output(out: Path, *, force: bool, differences: Sequence[str] = ()) -> None:
     """Raise `OutputRefused` unless the output can take that name.
 
-    It may be absent or an empty folder; `force` also allows a folder that streammerge made.
+    It may be absent, an empty folder, or one that an unfinished run is about to fill; `force` also
+    allows a folder that streammerge made. `differences` set a finished merge that is there apart.
     """
     if not os.path.lexists(out):
         return
@@ -35,64 +40,57 @@ def check_output(out: Path, *, force: bool) -> None:
             found=kind,
             remedy="choose another --out",
         )
-    if not any(out.iterdir()):
+    if _awaits(out):
         return
     ours = find_record(out) is not None
     if ours and force:
+        if os.path.ismount(out):
+            what, remedy = "a mount point cannot be replaced as a whole", "empty it first"
+            raise OutputRefused(what, where=str(out), remedy=remedy)
         return
-    found = "the result of another merge" if ours else f"a folder without {RECORD}"
+    found = f"a folder without {RECORD}"
+    if ours:
+        apart = f": {'; '.join(differences)}" if differences else ", not complete"
+        found = f"the result of another merge{apart}" if differences else f"a result{apart}"
     remedy = "--force replaces it, or choose another --out" if ours else "choose another --out"
     raise OutputRefused("the output exists", where=str(out), found=found, remedy=remedy)
 
 
 class RunDirectory:
-    """The private folder of one run; one process at a time."""
+    """The private folder of one run; one process at a time.
 
-    def __init__(self, out: Path) -> None:
-        """Create it, or take over what a dead run left: an unfinished merge starts over."""
+    `keep` says whether it holds anything that the same command could go on from.
+    """
+
+    def __init__(self, out: Path, path: Path | None = None) -> None:
+        """Create it, or take over what another run left there."""
         self._out = out.absolute()
-        self.path = _state_folder(out)
+        self.path = path or _state_folder(self._out)
+        self.output = self.path / _OUTPUT  # where the output is built
+        self.journal = self.path / JOURNAL
+        self._replaced = self.path / "replaced"  # where one waits while another takes its name
+        self._inside = self.path.parent == self._out
+        self._published = False
         try:
-            self._lock = self._take_lock()
-            self._restore()
-            if (self.path / _OUTPUT).exists():
-                shutil.rmtree(self.path / _OUTPUT)
-            self.journal.unlink(missing_ok=True)
-            self.output = self.path / _OUTPUT
-            self.output.mkdir()
+            self._lock = Lock(self.path)
         except OSError as error:
-            raise OutputRefused(
-                f"the output cannot be created: {error.strerror}",
-                where=str(self.path),
-                remedy="choose an --out in a folder that you can write to",
-            ) from error
+            raise self._refused(error) from error
+        try:
+            self._restore()
+            if not self.output.exists():  # nothing was begun; or it was, and was published
+                self.journal.unlink(missing_ok=True)
+                self.output.mkdir()
+        except OSError as error:
+            self._lock.release()
+            raise self._refused(error) from error
+        self.keep = self.journal.exists()
 
-    @property
-    def journal(self) -> Path:
-        return self.path / JOURNAL
-
-    @property
-    def _replaced(self) -> Path:
-        """Where an output waits while another takes its name."""
-        return self.path / "replaced"
-
-    def _take_lock(self) -> int:
-        """A descriptor that holds the lock. The kernel lets go of it when the process dies."""
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(lock)
-                raise OutputRefused(
-                    "another process is writing this output",
-                    where=str(self.path),
-                    remedy="wait for it, or choose another --out",
-                ) from error
-            if _is_still(self.path / _LOCK, lock):
-                return lock
-            os.close(lock)  # its owner finished and removed the folder between open and lock
+    def _refused(self, error: OSError) -> OutputRefused:
+        return OutputRefused(
+            f"the output cannot be created: {error.strerror}",
+            where=str(self.path),
+            remedy="choose an --out in a folder that you can write to",
+        )
 
     def _restore(self) -> None:
         """An output that was being replaced comes back, unless its successor is in place."""
@@ -101,72 +99,107 @@ class RunDirectory:
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
 
-    def publish(self) -> None:
-        """Give the finished folder its final name. All data is synced."""
+    def start_over(self, published: Iterable[str] = ()) -> None:
+        """Forget what another run left: its journal, its files, and those that it had put in place
+        in an output folder that was there before."""
+        self.journal.unlink(missing_ok=True)
+        shutil.rmtree(self.output)
+        for name in published if self._inside else ():
+            path = self._out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.output.mkdir()
+        self.keep = False
+
+    def publish(self, last: str) -> None:
+        """Give the finished folder its final name. All data is synced.
+
+        Inside an existing folder the files get their names one by one, `last` at the end: without
+        it nobody takes the folder for a model.
+        """
         try:
-            _sync_folder(self.output)
-            if self._out.exists() and any(self._out.iterdir()):
-                os.rename(self._out, self._replaced)
-            os.rename(self.output, self._out)  # an empty folder of that name gives way
-            _sync_folder(self._out.parent)
+            system.sync_folder(self.output)
+            if self._inside:
+                self._move_in(last)
+            else:
+                self._rename()
         except OSError as error:
             raise StorageError(
                 f"the finished output cannot take its name: {error.strerror}",
                 where=str(self._out),
                 remedy="make sure that its folder can be written to, then run the command again",
             ) from error
+        self._published = True
+
+    def _rename(self) -> None:
+        if self._out.exists() and any(self._out.iterdir()):
+            os.rename(self._out, self._replaced)
+        os.rename(self.output, self._out)  # an empty folder of that name gives way
+        system.sync_folder(self._out.parent)
+
+    def _move_in(self, last: str) -> None:
+        names = sorted(os.listdir(self.output), key=lambda name: (name == last, name))
+        taken = [name for name in names if os.path.lexists(self._out / name)]
+        if taken:
+            what, remedy = "others have put files into the output folder", "move them elsewhere"
+            found = ", ".join(taken)
+            raise OutputRefused(what, where=str(self._out), found=found, remedy=remedy)
+        for name in names:
+            if name == last:
+                system.sync_folder(self._out)
+            os.rename(self.output / name, self._out / name)
+        system.sync_folder(self._out)
 
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Remove the state: what an unfinished merge wrote is of no use, since it starts over."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Remove the state, unless the same command can go on from it."""
         self._restore()
-        try:
-            shutil.rmtree(self.path)
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY:
-                raise  # else another process has just put its lock there: the folder is its own now
-        finally:
-            os.close(self._lock)
+        resumable = error is not None and getattr(error, "resumable", True)
+        if self.keep and resumable and not self._published:
+            self._lock.release()
+        else:
+            self._lock.remove_folder()
 
 
 def clear_state(out: Path) -> None:
     """Remove what a run left that was killed between publishing and tidying up."""
-    if _state_folder(out).exists():
-        with RunDirectory(out):
-            pass
+    whole = out.absolute()
+    for folder in (_beside(whole), whole / _INSIDE):
+        if folder.exists():
+            with RunDirectory(out, folder):
+                pass
+
+
+def _beside(out: Path) -> Path:
+    return out.parent / f".{out.name}.streammerge"
 
 
 def _state_folder(out: Path) -> Path:
-    """`.<name>.streammerge` beside the output."""
-    whole = out.absolute()
-    return whole.parent / f".{whole.name}.streammerge"
+    """Beside the output; inside it where that is an empty folder, which may be a mount point."""
+    beside = _beside(out)
+    return out / _INSIDE if not beside.exists() and out.is_dir() and _awaits(out) else beside
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the path still names the file that was opened."""
+def _awaits(out: Path) -> bool:
+    """Whether a folder is empty, or about to be filled by a run whose state is inside."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return {*os.listdir(out)} <= _NOTHING or (out / _INSIDE / _OUTPUT).is_dir()
+    except OSError as error:
+        what, remedy = f"the output cannot be read: {error.strerror}", "choose another --out"
+        raise OutputRefused(what, where=str(out), remedy=remedy) from error
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and make it durable."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            system.write_all(descriptor, data, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise StorageError(
             f"cannot be written: {error.strerror}",

@@ -7,15 +7,19 @@ and the tensors' bytes without holes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge import system
 from streammerge.arrays import RawBytes
-from streammerge.errors import StorageError
+from streammerge.errors import InputMissing, StorageError
+from streammerge.storage.checksum import checksum
+from streammerge.storage.smallfile import open_regular, pread
 from streammerge.words import Extent, TensorSpec
 
 # Data that starts where the source's data starts within a page can share blocks with it.
@@ -55,59 +59,104 @@ def lay_out(name: str, specs: Sequence[TensorSpec], data_start: int | None = Non
 
 
 class ShardFile:
-    """An unfinished shard on disk. A failed sync condemns it: syncing again would prove nothing."""
+    """An unfinished shard on disk; opened when it is needed, by any thread.
 
-    def __init__(self, folder: Path, layout: ShardLayout) -> None:
-        """Create the file, reserve its blocks and write its header."""
+    A failed sync condemns it: the kernel forgets pages that it could not write, so syncing or
+    reading again would prove nothing. The file is removed, to be written anew by another run.
+    """
+
+    def __init__(self, folder: Path, layout: ShardLayout, *, begun: bool = False) -> None:
+        """Create the file, reserve its blocks and write its header; or go on with one `begun`."""
         self.layout = layout
-        self._condemned: StorageError | None = None
         self.path = folder / layout.name
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._condemned: StorageError | None = None
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
         try:
-            self._descriptor = os.open(self.path, flags, 0o666)
-            system.reserve(self._descriptor, layout.size_bytes)
-            system.write_all(self._descriptor, layout.header, 0)
+            descriptor = self._open(0 if begun else os.O_CREAT | os.O_EXCL)
+            if not begun:
+                system.reserve(descriptor, layout.size_bytes)
+                system.write_all(descriptor, layout.header, 0)
         except OSError as error:
             raise self._failed("cannot be created", error) from error
+        finally:
+            self.close()
+
+    def _open(self, flags: int = 0) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                flags |= os.O_RDWR | os.O_CLOEXEC
+                self._descriptor = os.open(self.path, flags, 0o666)
+            return self._descriptor
 
     def write(self, offset: int, stored: RawBytes) -> None:
         """Put bytes at an absolute offset, and start their way to the disk."""
         try:
-            system.write_all(self._descriptor, stored.data, offset)
+            descriptor = self._open()
+            system.write_all(descriptor, stored.data, offset)
         except OSError as error:
             raise self._failed(f"cannot be written at offset {offset}", error) from error
-        system.start_writeback(self._descriptor, offset, stored.nbytes)
+        system.start_writeback(descriptor, offset, stored.nbytes)
 
     def copy(
         self, source: int, source_path: str, source_offset: int, offset: int, length: int
     ) -> None:
         """Copy a range of another file inside the kernel."""
         try:
-            system.copy_range(source, self._descriptor, source_offset, offset, length)
+            descriptor = self._open()
+            system.copy_range(source, descriptor, source_offset, offset, length)
         except EOFError as error:
             what = f"ended while {self.path.name} was copied from it: {error}"
             raise StorageError(what, where=source_path) from error
         except OSError as error:
             raise self._failed(f"cannot take a copy of {source_path}", error) from error
-        system.start_writeback(self._descriptor, offset, length)
+        system.start_writeback(descriptor, offset, length)
+
+    def checksum(self, offset: int, length: int) -> int:
+        """crc32c of bytes that are there."""
+        try:
+            return checksum(pread(self._open(), length, offset))
+        except OSError as error:
+            raise self._failed(f"cannot be read at offset {offset}", error) from error
 
     def sync(self) -> None:
         """Make what was written durable; after a failure, fail again without another try."""
         if self._condemned:
             raise self._condemned
         try:
-            system.sync_data(self._descriptor)
+            system.sync_data(self._open())
         except OSError as error:
             self._condemned = self._failed("cannot be made durable", error)
+            self.path.unlink(missing_ok=True)
             raise self._condemned from error
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Give the file's handle back; it is opened again when needed."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor = None
 
     def _failed(self, what: str, error: OSError) -> StorageError:
+        remedies = {
+            errno.EFBIG: "raise the file size limit (ulimit -f), or lower --shard-size",
+            errno.EDQUOT: "make room in your quota, then run the command again",
+            errno.EIO: "check the disk and its cables, then run the command again",
+        }
+        room = "free space on that disk or choose another --out, then run the command again"
         return StorageError(
             f"{what}: {error.strerror}",
             where=str(self.path),
             found=f"{self.layout.size_bytes} bytes to store",
-            remedy="free space on that disk or choose another --out, then run the command again",
+            remedy=remedies.get(error.errno or 0, room),
         )
+
+
+def is_begun(path: Path, layout: ShardLayout) -> bool:
+    """Whether the file is an unfinished shard of this layout: its size and its header are."""
+    try:
+        with open_regular(os.fspath(path)) as (descriptor, stamp):
+            sized = stamp.st_size == layout.size_bytes
+            return sized and pread(descriptor, len(layout.header), 0) == layout.header
+    except InputMissing:
+        return False

@@ -27,7 +27,7 @@ class AnyOrder(Executor):
 
     def install(self, patch: pytest.MonkeyPatch) -> AnyOrder:
         """Let the engine and its scheduler use it."""
-        patch.setattr("streammerge.engine.ThreadPoolExecutor", lambda *_: self)
+        patch.setattr("streammerge.building.ThreadPoolExecutor", lambda *_: self)
         patch.setattr("streammerge.scheduler.wait", self.wait)
         return self
 

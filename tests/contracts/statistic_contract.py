@@ -6,6 +6,7 @@ does: any order of measuring, absorbed in grid order, as many reads as they ask 
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from streammerge.arrays import Deltas
 from streammerge.kernels.product import gram
 from streammerge.memory import Scratch
+from streammerge.statistics.saved import restored, saved
 from streammerge.words import DType, Fold, Knobs, Statistic, StatisticValue, TensorSpec, Tile
 from tests.oracles.dense import Exact, Single
 
@@ -120,6 +122,8 @@ class StatisticContract:
         held: list[Any] = []
         value, reads = fold_over(first, deltas, grid, seed=seed, held=held)
         self.assert_value(value, deltas, grid, knobs)
+        written = json.loads(json.dumps(saved(value)))  # as a run that is stopped writes it down
+        self.assert_value(restored(written), deltas, grid, knobs)
         most = max((self.part_nbytes(part) for part in held), default=0)
         assert most <= self.statistic.part_bytes(spec, knobs), "a measured part"
         return reads

@@ -249,6 +249,9 @@ class TestWeightedSumOfDoraWeights(MergedDora):
         return [np.nan] * 4
 
 
+SHARED = {name: knob.default for name, knob in CATALOGUE["ties"].shared.items()}
+
+
 class TestTiesOfDora(MergedDora):
     space: ClassVar[Space] = "deltas"
     densities = (1.0, 1.0, 1.0)
@@ -256,7 +259,7 @@ class TestTiesOfDora(MergedDora):
     def merge(self) -> Merged:
         knobs = Knobs(
             {"weight": np.abs(WEIGHTS), "density": np.array(self.densities)},
-            {"lambda": 1.0, "normalize": False},
+            SHARED | {"normalize": False},
             3,
             (0, 1, 2),
         )
