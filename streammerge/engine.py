@@ -120,7 +120,8 @@ def run(plan: Plan, out: Path, *, force: bool = False, emit: events.Emit = event
     for note in plan.notes:
         emit(events.Note(note))
     refuse_overlap(plan, out)
-    identity = identify(plan.inputs, plan.layouts, to_yaml(plan.recipe, portable=True))
+    recipe_yaml = to_yaml(plan.recipe, portable=True)
+    identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
     changes = Changes(plan.inputs.models, plan.layouts)
     already = not force and is_complete(plan, out, identity)
     if already:

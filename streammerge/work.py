@@ -60,7 +60,7 @@ class Worker:
 
     def _merge(self, item: Merge) -> tuple[Receipt, PerModel]:
         scratch = self._scratch()
-        rows, norms = item.job.merged.merge(item.tile, item.index, item.values, scratch)
+        rows, norms = item.job.merge(item.tile, item.index, item.values, scratch)
         _refuse_spoiled_model(item, norms, self._names)
         target = item.job.target
         stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
