@@ -126,7 +126,8 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     for note in plan.notes:
         emit(events.Note(note))
     refuse_overlap(plan, out)
-    identity = identify(plan.inputs, plan.layouts, to_yaml(plan.recipe, portable=True))
+    recipe_yaml = to_yaml(plan.recipe, portable=True)
+    identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
     changes = Changes(plan.inputs.models, plan.layouts)
     already = there_already(out, identity, manner)
     resumed = 0

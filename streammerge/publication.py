@@ -20,7 +20,7 @@ from streammerge.recipe import to_yaml
 from streammerge.report import Change, Changes
 from streammerge.sinks.companions import (
     companion_digests,
-    copy_donor_files,
+    copy_donated,
     write_documents,
     write_index,
     write_record,
@@ -28,6 +28,7 @@ from streammerge.sinks.companions import (
 from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.bytesource import Files
 from streammerge.storage.card import license_of, model_card
+from streammerge.storage.donated import donated
 from streammerge.storage.folder import output_config
 from streammerge.storage.record import (
     RECIPE,
@@ -152,8 +153,13 @@ def write_companions(
     """All of the output but its shards: config, tokenizer, index, card, recipe, and the record."""
     inputs, recipe, changed = plan.inputs, plan.recipe, changes.result()
     donor = inputs.donor
-    config = output_config(donor.config, dtype=recipe.out_dtype, untied=plan.outline.untied)
-    copy_donor_files(folder, donor.path, donor.config, config)
+    config = output_config(
+        donor.config,
+        dtype=recipe.out_dtype,
+        untied=plan.outline.untied,
+        vocabulary=plan.outline.vocabulary,
+    )
+    copy_donated(folder, donated(donor.path, plan.outline.tokenizer), donor.config, config)
     write_index(folder, plan.layouts)
     recipe_yaml = to_yaml(recipe, portable=True)
     folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]

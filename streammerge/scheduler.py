@@ -99,7 +99,7 @@ class Course:
             self._last.extend(item for item in _copies(job) if item.index not in done.pieces)
         else:
             self._grid = grid.tiles(job.merged.spec)
-            if any(index not in done.pieces for index in range(len(self._grid))):
+            if any(index not in done.pieces for index in range(len(job.tiles()))):
                 self._sort({**job.merged.start(state_bytes, done.values), **done.values})
                 self._start_wave(job)
 
@@ -168,8 +168,9 @@ class Course:
             self._tiles = next(iter(wants.values()))
             self._wave = {n: self._folds[n] for n, tiles in wants.items() if tiles == self._tiles}
             return
-        pieces = len(self._grid)
-        tiles = [(i, tile) for i, tile in enumerate(self._grid) if i not in self._done.pieces]
+        grid = job.tiles()
+        pieces = len(grid)
+        tiles = [(i, tile) for i, tile in enumerate(grid) if i not in self._done.pieces]
         self._last.extend(Merge(job, i, pieces, tile, self._values) for i, tile in tiles)
 
 
@@ -177,7 +178,7 @@ def pieces_of(job: Job) -> int:
     """How many tiles or ranges a job's tensor is written in."""
     if isinstance(job, CopyJob):
         return -(-job.source.spec.nbytes // COPY_BYTES)
-    return len(grid.tiles(job.merged.spec))
+    return len(job.tiles())
 
 
 def _copies(job: CopyJob) -> Iterator[Copy]:
@@ -247,5 +248,5 @@ def _retire(course: Course) -> bool:
     if not course.done:
         return False
     if isinstance(course.job, MergeJob):
-        course.job.merged.release()
+        course.job.release()
     return True

@@ -60,7 +60,7 @@ class Worker:
 
     def _merge(self, item: Merge) -> Receipt:
         scratch = self._scratch()
-        rows, norms = item.job.merged.merge(item.tile, item.index, item.values, scratch)
+        rows, norms = item.job.merge(item.tile, item.index, item.values, scratch)
         if not self._keep_nan:
             self._spoils.refuse_model(item, norms)
         target = item.job.target

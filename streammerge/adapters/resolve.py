@@ -62,7 +62,7 @@ def resolve_adapter(
         if name in saved:
             replacements.add(name, saved[name], base[tensor])
     if tie is not None:
-        replacements.share_tokens(tie.embedding, tie.head)
+        replacements.share(tie.embedding, tie.head)
     named = zip(pairs, weights, strict=True)
     found = ((pair, tensors[weight]) for pair, weight in named if weight in tensors)
     targets = [(pair, replacements.target(base[tensor])) for pair, tensor in found]

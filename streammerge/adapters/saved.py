@@ -15,6 +15,7 @@ from typing import Final
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.copies import same_values
 from streammerge.adapters.faults import Fault, Findings
+from streammerge.storage.ties import is_vocabulary
 from streammerge.words import Extent, Replacement, TensorSpec, Update
 
 _TOKENS: Final = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
@@ -23,6 +24,7 @@ _TOKENS: Final = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_token
 # count where a file holds several: what was trained, what was wrapped, what was left behind.
 _WRAPPERS: Final = (".modules_to_save", ".token_adapter.base_layer", ".base_layer")
 _LEFT_BEHIND: Final = ".original_module"
+_WRAPPED: Final = re.compile(r"\.base_layer\.weight$")
 
 _SAVE_AGAIN: Final = "save the adapter again with PEFT, with the config of this training beside it"
 _TWO_VALUES: Final = Fault(
@@ -99,6 +101,7 @@ class Replacements:
         self._findings = findings
         self.found: dict[str, Replacement] = {}  # by the base tensor's name
         self.copies = 0  # tensors that are the base's, bit by bit
+        self._wrapped: set[str] = set()  # what PEFT wrapped and did not train, by base tensor
 
     def add(self, name: str, saved: Saved, target: Extent) -> None:
         """In place of `target`, for what the adapter's model calls `name`."""
@@ -109,14 +112,17 @@ class Replacements:
         if replacement is not None:
             self.found[target.spec.name] = replacement
 
-    def share_tokens(self, embedding: str, head: str) -> None:
-        """A tied head has the embedding's trained tokens, unless it was given some of its own.
+    def share(self, embedding: str, head: str) -> None:
+        """What is of a tied embedding is of its head, too, unless the head was given its own.
 
-        PEFT ties the two while it trains and saves the embedding's.
+        PEFT ties trained tokens while it trains, and saves the embedding's. An embedding that it
+        only wrapped is the base's, so the base's head is the same: of a resized model, say.
         """
-        tokens = self.found.get(embedding)
-        if tokens is not None and tokens.rows is not None:
-            self.found.setdefault(head, tokens)
+        shared = self.found.get(embedding)
+        if shared is None or head in self.found:
+            return
+        if shared.rows is not None or embedding in self._wrapped:
+            self.found[head] = shared
 
     def target(self, base: Extent) -> Extent:
         """What further updates of a base's tensor apply to: what replaces all of it, or itself."""
@@ -146,6 +152,8 @@ class Replacements:
         if extent.spec.shape == target.spec.shape and same_values(extent, target):
             self.copies += 1
             return None
+        if _WRAPPED.search(first.spec.name):
+            self._wrapped.add(target.spec.name)
         return Replacement(extent)
 
     def _fits(self, name: str, extent: Extent, target: Extent) -> bool:
@@ -154,7 +162,7 @@ class Replacements:
             line = f"{name}: {ours.dtype.label}, base {theirs.dtype.label}"
             self._findings.add(_OTHER_KIND, line)
             return False
-        if ours.shape != theirs.shape:
+        if ours.shape != theirs.shape and not _grows(ours, theirs):
             line = f"{name}: {list(ours.shape)}, base {list(theirs.shape)}"
             self._findings.add(_OTHER_SHAPE, line)
             return False
@@ -172,6 +180,12 @@ class Replacements:
             self._findings.add(_OTHER_KIND, f"{name}: {ours.dtype.label}")
             return None
         return Replacement(extent, indices)
+
+
+def _grows(new: TensorSpec, old: TensorSpec) -> bool:
+    """Whether `new` has the rows of a larger vocabulary."""
+    wider = len(new.shape) == len(old.shape) == 2 and new.cols == old.cols and new.rows > old.rows
+    return wider and is_vocabulary(old.name)
 
 
 def _called(spec: TensorSpec, name: str) -> TensorSpec:

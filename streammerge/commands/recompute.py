@@ -78,7 +78,8 @@ def _plan(out: Path, config: Path | None, memory: str | None) -> Plan:
 
 def _compare_identity(out: Path, record: Record, plan: Plan) -> tuple[str, ...]:
     """Refuse other inputs or another recipe; returns notes where other libraries compute."""
-    now = identify(plan.inputs, plan.layouts, to_yaml(plan.recipe, portable=True))
+    recipe_yaml = to_yaml(plan.recipe, portable=True)
+    now = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
     found = differences(recorded_identity(out, record), now)
     if found.merge:
         raise BadInput(

@@ -73,7 +73,8 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
     demand.read_bytes += merged.once_bytes + merged.merge_bytes(whole)
     demand.read_bytes += sum(merged.measure_bytes(whole, names) for names in waves)
     demand.tile_reads += reads * merged.spec.numel
-    demand.progress_bytes += reads * job.target.spec.nbytes
+    measured = merged.spec.numel * job.target.spec.dtype.itemsize
+    demand.progress_bytes += job.target.spec.nbytes + len(waves) * measured
     demand.most_reads = max(demand.most_reads, reads)
     demand.reads[reads] = demand.reads.get(reads, 0) + 1
     tiles = [grid.largest_tile(merged.spec)]
@@ -82,7 +83,10 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
         demand.read_bytes += sum(merged.measure_bytes(tile, samples[tile]) for tile in samples)
         demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
         tiles += samples
-    held = Held(*merged.state_bytes(), merged.resident_bytes)
+    resident = merged.resident_bytes
+    if job.beyond is not None:
+        resident += _add_beyond(demand, job, job.beyond)
+    held = Held(*merged.state_bytes(), resident)
     demand.held = nlargest(MOST_JOBS, [*demand.held, held], key=lambda one: one.under(STATES[0]))
     output = job.target.spec.cols * job.target.spec.dtype.itemsize
     for tile in tiles:
@@ -90,6 +94,16 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
         demand.worker_bytes = max(
             demand.worker_bytes, merged.scratch_bytes(tile) + rows * output // tile.col_step
         )
+
+
+def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:
+    """Add the rows that the base lacks, read once; returns what is held for them."""
+    first, spec = job.merged.spec.rows, job.target.spec
+    demand.read_bytes += beyond.once_bytes + beyond.merge_bytes(Tile(first, spec.rows))
+    for tile in job.tiles()[-2:]:  # the last one may be shorter
+        output = (tile.stop - tile.start) * spec.cols * spec.dtype.itemsize
+        demand.worker_bytes = max(demand.worker_bytes, beyond.scratch_bytes(tile) + output)
+    return beyond.resident_bytes
 
 
 def _samples(merged: Merged) -> dict[Tile, list[str]]:

@@ -25,7 +25,7 @@ from streammerge import __version__, grid
 from streammerge.errors import StorageError
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.storage.checksum import checksum
-from streammerge.storage.folder import donor_files
+from streammerge.storage.donated import donated
 from streammerge.storage.shard import ShardLayout
 from streammerge.words import Extent
 
@@ -52,12 +52,17 @@ class Identity:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def identify(inputs: Inputs, layouts: Sequence[ShardLayout], recipe_yaml: str) -> Identity:
+def identify(
+    inputs: Inputs,
+    layouts: Sequence[ShardLayout],
+    recipe_yaml: str,
+    tokenizer: Path | None = None,
+) -> Identity:
     """Read the places that tell inputs apart: a MiB of each model, or of each 4 GiB of it."""
     found = {
         "base": _weights(inputs.base.tensors) if inputs.base else None,
         "models": [_model(model) for model in inputs.models],
-        "donated": _donated(inputs.donor.path),
+        "donated": _donated(inputs.donor.path, tokenizer),
     }
     layout = {one.name: hashlib.sha256(one.header).hexdigest() for one in layouts}
     version = minor(__version__)
@@ -131,8 +136,8 @@ def _model(model: Model) -> dict[str, Any]:
     return entry
 
 
-def _donated(donor: Path) -> dict[str, str]:
-    return {str(file): _digest(donor / file) for file in donor_files(donor)}
+def _donated(donor: Path, tokenizer: Path | None) -> dict[str, str]:
+    return {str(name): _digest(path) for name, path in donated(donor, tokenizer).items()}
 
 
 def _digest(path: Path) -> str:

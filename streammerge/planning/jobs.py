@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from streammerge import grid
+from streammerge.arrays import PerModel, Rows
+from streammerge.memory import Scratch
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.recipe import Recipe
 from streammerge.sources.adapted import Adapted, Change
@@ -31,6 +34,8 @@ from streammerge.words import (
     Merged,
     Replacement,
     Source,
+    StatisticValue,
+    Tile,
     Update,
 )
 
@@ -46,11 +51,36 @@ class CopyJob:
 @dataclass(frozen=True, slots=True)
 class MergeJob:
     """A tensor that is computed. `models` are the positions in the recipe of those that take part,
-    in the order in which the merge reports their norms."""
+    in the order in which the merge reports their norms. `beyond` gives the rows that the base
+    lacks, where the target has more of them than `merged`."""
 
     merged: Merged
     target: Extent
     models: tuple[int, ...]
+    beyond: Merged | None = None
+
+    def tiles(self) -> list[Tile]:
+        """All tiles of the target in file order; none holds rows of both kinds."""
+        tiles = grid.tiles(self.merged.spec)
+        if self.beyond is not None:
+            first, spec = self.merged.spec.rows, self.target.spec
+            rest = replace(spec, shape=(spec.rows - first, *spec.shape[1:]))
+            tiles += [Tile(first + tile.start, first + tile.stop) for tile in grid.tiles(rest)]
+        return tiles
+
+    def merge(
+        self, tile: Tile, index: int, values: Mapping[str, StatisticValue], scratch: Scratch
+    ) -> tuple[Rows, PerModel]:
+        """As `Merged.merge`. Rows that the base lacks change nothing about it."""
+        if self.beyond is None or tile.start < self.merged.spec.rows:
+            return self.merged.merge(tile, index, values, scratch)
+        rows, _ = self.beyond.merge(tile, index, {}, scratch)
+        return rows, np.zeros(1 + len(self.models))
+
+    def release(self) -> None:
+        self.merged.release()
+        if self.beyond is not None:
+            self.beyond.release()
 
 
 Job = CopyJob | MergeJob
@@ -82,6 +112,12 @@ class Composer:
         donor = self._inputs.donor.tensors[name]
         if not donor.spec.dtype.mergeable:
             return CopyJob(donor, target)
+        if target.spec.shape != donor.spec.shape:
+            known = replace(target, spec=replace(target.spec, shape=donor.spec.shape))
+            return self._larger(name, self._merged(name, known), target)
+        return self._merged(name, target)
+
+    def _merged(self, name: str, target: Extent) -> Job:
         base = Dense(self._files, self._inputs.base.tensors[name]) if self._inputs.base else None
         sources = self._sources(name, base)
         part = tuple(range(len(sources)))
@@ -100,6 +136,37 @@ class Composer:
         if found is None or found.base != 1.0 or len(numbers) < len(part):
             return _merge_job(merged, chosen, target, part)
         return self._weighted(base, chosen, numbers, part, target)
+
+    def _larger(self, name: str, known: Job, target: Extent) -> Job:
+        """`known`, with the rows that the base lacks: the weighted mean of the models' that have
+        them. What one model stores and nothing changes is copied with all its rows."""
+        owners = list(self._owners(name, target.spec.rows))
+        if isinstance(known, CopyJob):
+            own = owners[0][0].extent
+            if len(owners) == 1 and (own.path, own.offset) == (
+                known.source.path,
+                known.source.offset,
+            ):
+                return CopyJob(own, target)
+            source = Dense(self._files, known.source)
+            merged = WeightedSum(self._files, None, [source], [1.0], "weights")
+            known = MergeJob(merged, known.target, ())
+        total = sum(weight for _, weight in owners)
+        shares = [weight / total for _, weight in owners]
+        sources = [
+            self._replaced(Dense(self._files, update.extent), update, on_base=False)
+            for update, _ in owners
+        ]
+        beyond = WeightedSum(self._files, None, sources, shares, "weights")
+        return replace(known, target=target, beyond=beyond)
+
+    def _owners(self, name: str, rows: int) -> Iterator[tuple[Replacement, float]]:
+        """What holds all rows of a larger vocabulary, and with which weight."""
+        weights = self._per_model.get("weight", np.ones(len(self._inputs.models)))
+        for model, weight in zip(self._inputs.models, weights, strict=True):
+            update = model.adapter.updates.get(name) if model.adapter else None
+            if isinstance(update, Replacement) and update.extent.spec.rows == rows:
+                yield update, float(weight)
 
     def _sources(self, name: str, base: Dense | None) -> list[Source]:
         """Each model's tensor; the base itself for those that leave it alone."""
@@ -135,7 +202,12 @@ class Composer:
 
     def _replaced(self, rows: Source, update: Replacement, *, on_base: bool) -> Source:
         """A tensor, or rows of one, that the adapter holds itself; the model's own are no part."""
-        new: Source = Dense(self._files, update.extent)
+        extent, known = update.extent, rows.spec
+        if (
+            update.rows is None and extent.spec.rows > known.rows
+        ):  # the first of a larger vocabulary
+            extent = replace(extent, spec=replace(extent.spec, shape=known.shape))
+        new: Source = Dense(self._files, extent)
         if update.rows is not None:
             new = Replaced(self._files, rows, update.extent, update.rows, on_base=on_base)
         return self._adapted(new, update.then, on_base=False) if update.then else new

@@ -10,11 +10,12 @@ from streammerge.storage.shard import ShardLayout, lay_out
 from streammerge.words import DType, TensorSpec
 
 
-def output_spec(spec: TensorSpec, out_dtype: DType | None) -> TensorSpec:
+def output_spec(spec: TensorSpec, outline: Outline, out_dtype: DType | None) -> TensorSpec:
     """A tensor as it will be written: floating ones take the recipe's dtype."""
-    if out_dtype is None or not spec.dtype.mergeable:
-        return spec
-    return TensorSpec(spec.name, spec.shape, out_dtype)
+    rows = outline.rows.get(spec.name)
+    shape = spec.shape if rows is None else (rows, *spec.shape[1:])
+    dtype = out_dtype if out_dtype is not None and spec.dtype.mergeable else spec.dtype
+    return TensorSpec(spec.name, shape, dtype)
 
 
 def lay_out_shards(
@@ -28,10 +29,15 @@ def lay_out_shards(
     file systems which can will share the blocks of untouched tensors.
     """
     groups = [
-        [output_spec(one.spec, out_dtype) for n, one in shard.tensors.items() if outline.keeps(n)]
+        [
+            output_spec(extent.spec, outline, out_dtype)
+            for name, extent in shard.tensors.items()
+            if outline.keeps(name)
+        ]
         for shard in donor.shards
     ]
-    groups[-1] += [output_spec(donor.tensors[name].spec, out_dtype) for name in outline.added]
+    added = (donor.tensors[name].spec for name in outline.added)
+    groups[-1] += [output_spec(spec, outline, out_dtype) for spec in added]
     starts: list[int | None] = [shard.data_start for shard in donor.shards]
     if shard_bytes is not None:
         groups = _pack([spec for group in groups for spec in group], shard_bytes)

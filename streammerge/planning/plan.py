@@ -16,6 +16,7 @@ from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.layout import lay_out_shards
 from streammerge.planning.outline import Outline
 from streammerge.planning.ties import settle_tie
+from streammerge.planning.vocabulary import settle_vocabulary
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
 from streammerge.storage.folder import INDEX
@@ -94,6 +95,8 @@ def make_plan(
     notes = check_models(inputs, problems)
     problems.raise_any()
     inputs, outline = settle_tie(inputs)
+    outline = settle_vocabulary(recipe, inputs, outline, problems)
+    problems.raise_any()
     notes += [*outline.notes, *template_notes(inputs)]
     note = float64_note(inputs.donor.tensors)
     notes += [note] if note else []

@@ -97,6 +97,7 @@ class _Reading:
             shared=shared,
             out_dtype=self._out_dtype(),
             seed=self._shape.seed or 0,
+            tokenizer=self._shape.tokenizer_source,
             output=output,
             shard_bytes=shard_bytes,
             folder=self._folder,

@@ -97,6 +97,9 @@ class RecipeShape(Shape):
     dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
     out_dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
     seed: int | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    tokenizer_source: Text | None = Field(
+        None, description="text: the name of the adapter whose tokenizer the output takes, or base"
+    )
     output: Text | dict[str, Any] | None = Field(
         None, description="a path, or a mapping {path, shard_size}"
     )
@@ -112,8 +115,7 @@ ITEMS = {
 KEYS_NOT_YET = {
     "slices": "list whole models under `models`",
     "modules": "list whole models under `models`",
-    "tokenizer_source": "remove it to take the base model's tokenizer",
-    "tokenizer": "remove it to take the base model's tokenizer",
+    "tokenizer": "name an adapter, or the base, with tokenizer_source: NAME",
     "chat_template": "remove it to take the base model's template",
     "override_architecture": "remove it; names and shapes of tensors are all that is used",
     "rank": "remove it; it belongs to `kind: adapter`, which is not supported yet either",

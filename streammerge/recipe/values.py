@@ -45,9 +45,10 @@ class Recipe:
     """What the user asked for. Planning turns it into jobs; the engine never sees it.
 
     `shared` holds every shared knob of the method, with defaults applied. `out_dtype` is the
-    recipe's `out_dtype`, else its `dtype`. `output` is a path and `shard_bytes` the most bytes of
-    an output file. Relative paths start at `folder`: the recipe file's, or the working directory.
-    `warnings` are whole lines, one for each key that has no effect, with its places.
+    recipe's `out_dtype`, else its `dtype`. `tokenizer` is the name of the entry whose adapter gives
+    it, or "base"; None where the inputs decide. `output` is a path and `shard_bytes` the most bytes
+    of an output file. Relative paths start at `folder`: the recipe file's, or the working
+    directory. `warnings` are whole lines, one for each key that has no effect, with its places.
     """
 
     method: MethodSpec
@@ -56,6 +57,7 @@ class Recipe:
     shared: Mapping[str, KnobValue]
     out_dtype: DType | None
     seed: int
+    tokenizer: str | None
     output: str | None
     shard_bytes: int | None
     folder: Path

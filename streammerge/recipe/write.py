@@ -35,6 +35,7 @@ def to_yaml(recipe: Recipe, *, portable: bool = False) -> str:
         "parameters": dict(subject.shared),
         "out_dtype": subject.out_dtype and dtypes[subject.out_dtype],
         "seed": subject.seed,
+        "tokenizer_source": subject.tokenizer,
         "output": _output(subject),
     }
     return dump({key: value for key, value in document.items() if value not in (None, [], {})})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import StorageError
-from streammerge.storage.folder import CONFIG, INDEX, donor_files
+from streammerge.storage.folder import CONFIG, INDEX
 from streammerge.storage.record import RECIPE, RECORD, Record
 from streammerge.storage.rundir import write_file
 from streammerge.storage.shard import ShardLayout
@@ -20,16 +20,16 @@ from streammerge.storage.shard import ShardLayout
 CARD = "README.md"
 
 
-def copy_donor_files(
-    folder: Path, donor: Path, config: Mapping[str, Any], changed: Mapping[str, Any]
+def copy_donated(
+    folder: Path, given: Mapping[Path, Path], config: Mapping[str, Any], changed: Mapping[str, Any]
 ) -> None:
-    """Tokenizer, licence and the like from the donor; its config as it was `changed`, if it was."""
-    for relative in donor_files(donor):
+    """Tokenizer, licence and the like, relative name by place; the config as it was `changed`."""
+    for relative, path in given.items():
         try:
-            data = (donor / relative).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
             what = f"cannot be read: {error.strerror}"
-            raise StorageError(what, where=str(donor / relative)) from error
+            raise StorageError(what, where=str(path)) from error
         if relative == Path(CONFIG) and changed != config:
             data = _json(changed)
         target = folder / relative

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +81,7 @@ def open_model(path: Path) -> ModelFolder:
 
     Raises `InputMissing` or `BadInput` for one problem, `Refused` for several, each with its file.
     """
-    names = _list(path)
+    names = list_folder(path)
     _refuse_other_kinds(path, names)
     problems, notes = Problems(), list[str]()
     config = _config(path, names, problems, notes)
@@ -112,7 +111,7 @@ def shard_names(count: int) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------- what kind of folder
 
 
-def _list(path: Path) -> frozenset[str]:
+def list_folder(path: Path) -> frozenset[str]:
     where = os.fspath(path)
     try:
         return frozenset(os.listdir(path))
@@ -206,13 +205,17 @@ def _config_and_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def output_config(
-    config: Mapping[str, Any], *, dtype: DType | None, untied: bool = False
+    config: Mapping[str, Any],
+    *,
+    dtype: DType | None,
+    untied: bool = False,
+    vocabulary: int | None = None,
 ) -> dict[str, Any]:
     """The config of the output: `config` with its dtype keys set, when `dtype` is given.
 
     Both `dtype` and the older `torch_dtype` are set where they stand, in nested configs too.
-    `untied` says that the head has a weight of its own now, in the config and in that of the text
-    model in it: which of the two counts depends on the version of transformers.
+    `untied` says that the head has a weight of its own now, and `vocabulary` how many words there
+    are now: in the config and in that of the text model in it, whichever of the two counts.
     `_name_or_path` is left out: it may be a path of the machine where the model was trained.
     """
     names = {float_dtype: name for name, float_dtype in FLOAT_NAMES.items()}
@@ -221,10 +224,12 @@ def output_config(
         part.pop("_name_or_path", None)
         if dtype is not None:
             part.update({key: names[dtype] for key in ("dtype", "torch_dtype") if key in part})
-    if untied:
-        text = result.get("text_config")
-        for part in [result, *([text] if isinstance(text, dict) else [])]:
+    text = result.get("text_config")
+    for part in [result, *([text] if isinstance(text, dict) else [])]:
+        if untied:
             part["tie_word_embeddings"] = False
+        if vocabulary is not None and "vocab_size" in part:
+            part["vocab_size"] = vocabulary
     return result
 
 
@@ -338,47 +343,3 @@ def _check_dtypes(shard: Header, problems: Problems) -> None:
         found = f"{len(names)} tensors: {_some(names)}"
         what = "8-bit floats cannot be merged: their scales are not read yet"
         problems.add(bad(shard.path, what, found, _FLOATS, _DEQUANTISE))
-
-
-# ---------------------------------------------------------------------------------- donor's files
-
-_DONATED = (
-    "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.vocab", "bpe.codes", "*.jinja", "*.py",
-    "licen[cs]e*", "copying*", "notice*", "use_policy*",
-)  # fmt: skip
-# Of the weights' layout, of another format's weights, of training, or of streammerge itself.
-_KEPT_BACK = (
-    "*.index.json", "model_index.json", "adapter_config.json", "streammerge.json", "params.json",
-    "quantize_config.json", "trainer_state.json", "training_args.json", "*_results.json",
-    "*.safetensors", "*.bin", ".*",
-)  # fmt: skip
-
-
-def donor_files(folder: Path) -> tuple[Path, ...]:
-    """What an output takes over from its donor, relative to the folder and sorted.
-
-    Config, tokenizer, chat template, preprocessor and licence files, and the code of custom models;
-    `config.json` is among them, and the output's is made of it by `output_config`. Never weights,
-    the model card or hidden files. Raises `InputMissing` for one that is a dangling link.
-    """
-    relative = [Path(name) for name in sorted(_list(folder)) if _is_donated(name)]
-    if os.path.isdir(folder / "additional_chat_templates"):
-        templates = _matching(_list(folder / "additional_chat_templates"), "[!.]*.jinja")
-        relative += [Path("additional_chat_templates", name) for name in templates]
-    problems = Problems()
-    files = tuple(path for path in sorted(relative) if _is_file(folder / path, problems))
-    problems.raise_any()
-    return files
-
-
-def _is_donated(name: str) -> bool:
-    lowered = name.lower()
-    return bool(_matching([lowered], *_DONATED)) and not _matching([lowered], *_KEPT_BACK)
-
-
-def _is_file(path: Path, problems: Problems) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError as error:
-        problems.add(unreadable(str(path), error))
-        return False

@@ -255,4 +255,62 @@ BERT = (
     ),
 )
 
-CASES = (*REPLACING, *TIED, *BERT)
+
+def _resize(model: Any) -> None:
+    model.resize_token_embeddings(VOCABULARY + 4)
+
+
+_ROWS = [VOCABULARY + 1, 3]
+LARGER = (
+    *(
+        Case("a larger vocabulary", model, told, _resize, tied=tied, remark=remark)
+        for model, tied in (("Llama", False), ("Llama, tied", True))
+        for remark, told in (
+            ("", {"target_modules": ATTENTION}),
+            ("modules_to_save", {"target_modules": ATTENTION, "modules_to_save": HEADS}),
+            ("trainable tokens", {"target_modules": ATTENTION, "trainable_token_indices": _ROWS}),
+        )
+        if (model, remark) != ("Llama, tied", "modules_to_save")
+    ),
+    # PEFT looks for `vocab_size` where a vision-language model's config has none.
+    Case(
+        "a larger vocabulary",
+        "Qwen2-VL",
+        {"target_modules": ATTENTION, "modules_to_save": HEADS},
+        _resize,
+        remark="modules_to_save",
+    ),
+    Case(
+        "a larger vocabulary",
+        "Qwen2-VL",
+        {"target_modules": ATTENTION, "trainable_token_indices": _ROWS},
+        _resize,
+        refused="trainable tokens whose rows",
+        remark="trainable tokens, without the embedding",
+    ),
+    Case(
+        "a larger vocabulary",
+        "Llama, tied",
+        {"target_modules": [*ATTENTION, "embed_tokens"]},
+        _resize,
+        tied=False,
+        remark="LoRA on the embedding",
+    ),
+    Case(
+        "a larger vocabulary",
+        "Llama",
+        {"target_modules": [*ATTENTION, "embed_tokens", "lm_head"]},
+        _resize,
+        remark="LoRA on embedding and head",
+    ),
+    Case(
+        "a larger vocabulary",
+        "Llama",
+        {"target_modules": [*ATTENTION, "embed_tokens"]},
+        _resize,
+        refused="for some tensors and not for others",
+        remark="of which PEFT saved the embedding alone",
+    ),
+)
+
+CASES = (*REPLACING, *TIED, *BERT, *LARGER)

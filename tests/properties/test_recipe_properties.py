@@ -66,6 +66,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         out_dtype=draw(st.none() | st.sampled_from([DType.F32, DType.BF16])),
         seed=draw(st.integers(0, 2**63 - 1)),
         output=draw(st.none() | text),
+        tokenizer=draw(st.none() | st.just("base")),
         shard_bytes=draw(st.none() | st.integers(1, 2**63 - 1)),
         folder=FOLDER,
         warnings=(),

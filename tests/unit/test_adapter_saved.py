@@ -128,7 +128,7 @@ def test_one_tensor_with_two_values_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "shape"),
-    [("lm_head.weight", (8, 4)), ("lm_head.weight", (9, 5)), (f"{Q}.weight", (5, 4))],
+    [("lm_head.weight", (8, 4)), ("lm_head.weight", (12, 5)), (f"{Q}.weight", (5, 4))],
 )
 def test_other_shapes_are_refused(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
     text = refusal(tmp_path, {key: numbers(*shape)})
@@ -162,14 +162,14 @@ def test_rows_of_a_replaced_tensor(tmp_path: Path) -> None:
     """As PEFT saves the tokens of a resized embedding."""
     tensors = {
         TOKENS: numbers(2, 4),
-        f"{EMBEDDING}.token_adapter.base_layer.weight": numbers(9, 4),
+        f"{EMBEDDING}.token_adapter.base_layer.weight": numbers(12, 4),
     }
-    resolved = resolve(tmp_path, tensors, trainable_token_indices=[8, 0])
+    resolved = resolve(tmp_path, tensors, trainable_token_indices=[11, 0])
     update = resolved.updates[f"{EMBEDDING}.weight"]
     assert isinstance(update, Replacement)
-    assert update.extent.spec.shape == (9, 4)
+    assert update.extent.spec.shape == (12, 4)
     assert isinstance(update.then, Replacement)
-    assert update.then.rows == (8, 0)
+    assert update.then.rows == (11, 0)
 
 
 @pytest.mark.parametrize(

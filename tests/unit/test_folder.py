@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from streammerge.errors import BadInput, InputMissing, Refused, StreammergeError
+from streammerge.storage.donated import donor_files
 from streammerge.storage.folder import (
     ModelFolder,
-    donor_files,
     open_model,
     output_config,
     shard_names,

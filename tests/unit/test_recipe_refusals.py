@@ -255,9 +255,7 @@ def test_fault_14_two_paths_to_the_same_folder(tmp_path: Path) -> None:
     assert "twice" in str(only(LINEAR + "models: [{model: a}, {model: ./link}]", tmp_path))
 
 
-@pytest.mark.parametrize(
-    "key", ["slices", "modules", "tokenizer_source", "tokenizer", "chat_template"]
-)
+@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
 def test_keys_not_supported_yet_are_refused_by_name(key: str) -> None:
     problem = only(f"{LINEAR}models: [{{model: a}}]\n{key}: |\n  some\n  text\n")
     assert_says(problem, 3, 1, f"{key} is not supported yet")
