@@ -15,6 +15,9 @@ Deltas: TypeAlias = Annotated[NDArray[np.float32], "deltas"]  # each model minus
 Weights: TypeAlias = Annotated[NDArray[np.float32], "weights"]  # the models themselves
 Vectors: TypeAlias = Annotated[NDArray[np.float32], "either"]  # deltas where there is a base
 
+# A keyword argument of this type is handed the base's rows, not to be changed.
+Base: TypeAlias = Annotated[NDArray[np.float32], "base"]  # [rows, cols]
+
 PerModel: TypeAlias = NDArray[np.float64]  # [models], in the order of the recipe
 InnerProducts: TypeAlias = NDArray[np.float64]  # [..., models, models]
 Factor: TypeAlias = float | NDArray[np.float64]  # of one model: a number, [rows, 1] or [1, cols]

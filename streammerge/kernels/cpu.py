@@ -26,9 +26,6 @@ _u32 = types.uint32[::1]
 _i64 = types.int64
 _rows = types.float32[:, ::1]
 
-# Elements per inner block: three models of it stay in the L1 cache.
-BLOCK = 512
-
 
 @njit(types.void(_mapped_u16, _f32), cache=CACHED, nogil=True)
 def bfloat16_to_float32(bits, out):  # [n], [n]
@@ -240,71 +237,3 @@ def sum_of_magnitudes(rows):  # [n]
     for i in range(whole, rows.size):
         a += abs(np.float64(rows[i]))
     return (a + b) + (c + d)
-
-
-# How `elect` decides a sign, and what it divides by.
-WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
-BY_NONE, BY_WEIGHTS, BY_COUNT = 0, 1, 2
-
-
-@njit(types.void(_f32, types.float32, _f32, _i64), cache=CACHED, nogil=True)
-def _add_votes(vote, w, row, mode):  # [n], scalar, [n], scalar
-    """Add one model's vote to each element."""
-    zero, one = np.float32(0), np.float32(1)
-    if mode == WEIGHTED:
-        for i in range(row.size):
-            vote[i] += w * row[i]
-    elif mode == UNWEIGHTED:
-        for i in range(row.size):
-            vote[i] += row[i]
-    else:
-        for i in range(row.size):
-            d = w * row[i]
-            vote[i] += one if d > zero else (-one if d < zero else d)  # NaN stays, to be found
-
-
-@njit(
-    types.void(_rows, _f64, _i64, _i64, types.float64, types.float32, _f32),
-    cache=CACHED,
-    nogil=True,
-)
-def elect(deltas, weights, mode, by, least, scale, out):  # [models, n], [models], -, -, -, -, [n]
-    """Vote on signs, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`.
-
-    Weights are added up in float64: those that cancel must come to nothing, not to a rounding. A
-    divisor of nothing is 1; where `least` is above zero, a smaller one is `least`.
-    """
-    models, n = deltas.shape
-    vote = np.empty(BLOCK, np.float32)
-    total = np.empty(BLOCK, np.float32)
-    divisor = np.empty(BLOCK, np.float64)
-    zero = np.float32(0)
-    for start in range(0, n, BLOCK):
-        size = min(BLOCK, n - start)
-        for i in range(size):
-            vote[i] = zero
-            divisor[i] = 0.0
-        for m in range(models):
-            _add_votes(vote[:size], np.float32(weights[m]), deltas[m, start : start + size], mode)
-        for i in range(size):
-            total[i] = vote[i] - vote[i]  # nothing; NaN where a delta is not finite, to be found
-        for m in range(models):
-            share = 1.0 if by == BY_COUNT else weights[m]
-            w = np.float32(weights[m])
-            row = deltas[m, start : start + size]
-            for i in range(size):
-                d = w * row[i]
-                side = row[i] if mode == UNWEIGHTED else d
-                agrees = (side > zero) if vote[i] >= zero else (side < zero)
-                total[i] += d if agrees else zero
-                divisor[i] += share if agrees else 0.0
-        if by == BY_NONE:
-            for i in range(size):
-                out[start + i] = scale * total[i]
-        elif least > 0.0:
-            for i in range(size):
-                out[start + i] = scale * (total[i] / np.float32(max(divisor[i], least)))
-        else:
-            for i in range(size):
-                divide = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
-                out[start + i] = scale * (total[i] / np.float32(divide))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from streammerge.kernels.cache import FOLDER
+
+_MODULES = ("cpu", "cpu_stack")
 
 
 def will_compile() -> bool:
     """Whether loading the kernels will take some seconds, since none are kept for this version."""
     if FOLDER is None:
         return True
-    source = Path(__file__).with_name("cpu.py").stat().st_mtime
-    kept = [path.stat().st_mtime for path in FOLDER.glob("*/cpu.*.nbi")]
+    return any(_is_older(name, FOLDER) for name in _MODULES)
+
+
+def _is_older(module: str, folder: Path) -> bool:
+    """Whether a module's newest compiled kernel is older than its source, or not there."""
+    source = Path(__file__).with_name(f"{module}.py").stat().st_mtime
+    kept = [path.stat().st_mtime for path in folder.glob(f"*/{module}.*.nbi")]
     return not kept or max(kept) < source
 
 
 def load() -> None:
     """Compile the kernels, or load them."""
-    import streammerge.kernels.cpu  # noqa: F401
+    for name in _MODULES:
+        importlib.import_module(f"streammerge.kernels.{name}")

@@ -33,12 +33,12 @@ def elect(
 
     `deltas` is `[models, rows, cols]`, `weight` `[models]`; the result is `[rows, cols]`.
     """
-    from streammerge.kernels import cpu
+    from streammerge.kernels import cpu_stack
 
     models = len(deltas)
     flat = deltas.reshape(models, -1)
     weights = np.asarray(weight, np.float64)
     mode, by = get_args(Vote).index(vote), get_args(Divisor).index(divide)
-    cpu.elect(flat, weights, mode, by, least_divisor, np.float32(scale), flat[0])
+    cpu_stack.elect(flat, weights, mode, by, least_divisor, np.float32(scale), flat[0])
     merged: Rows = deltas[0]
     return merged

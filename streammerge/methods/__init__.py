@@ -18,6 +18,11 @@ NAMES = (
     "multislerp",
     "karcher",
     "model_stock",
+    "sce",
+    "nearswap",
+    "arcee_fusion",
+    "ram",
+    "ramplus_tl",
     "passthrough",
 )
 

@@ -7,6 +7,7 @@
                         number) or Literal[...] (one of these names)
     Annotated[X, SomeStatistic(...)]   something the engine finds out first, handed over per tile;
                         it may refer to knobs and statistics that are declared before it
+    base: Base          the base's rows of the tile
     return type         `Rows`: called for every tile; `Coefficients`: called once per tensor,
                         with None for the stack and the knobs of all models
 
@@ -22,7 +23,7 @@ from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from streammerge.arrays import Deltas, PerModel, Rows, Vectors, Weights
+from streammerge.arrays import Base, Deltas, PerModel, Rows, Vectors, Weights
 from streammerge.words import Coefficients, Declared, Knob, MethodSpec, Space, Statistic
 
 _SPACES: Mapping[Any, Space] = {Deltas: "deltas", Weights: "weights", Vectors: "either"}
@@ -62,7 +63,10 @@ def _declare(function: Callable[..., Any]) -> MethodSpec:
     per_model: dict[str, Knob] = {}
     shared: dict[str, Knob] = {}
     statistics: dict[str, Statistic] = {}
+    wants_base = any(hints.get(parameter.name) == Base for parameter in others)
     for parameter in others:
+        if hints.get(parameter.name) == Base:
+            continue
         kind, declared = _annotation(function, parameter, hints)
         name = parameter.name.rstrip("_")
         if not isinstance(declared, Knob):
@@ -81,6 +85,7 @@ def _declare(function: Callable[..., Any]) -> MethodSpec:
         per_model=MappingProxyType(per_model),
         shared=MappingProxyType(shared),
         statistics=MappingProxyType(statistics),
+        wants_base=wants_base,
     )
 
 

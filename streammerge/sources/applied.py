@@ -69,6 +69,8 @@ class Applied:
             norms[1:] = [sum_of_squares(delta) for delta in deltas]
         shape = deltas.shape[1:]
         arguments = self._knobs.arguments(of_all=False) | self._needs.found(values, index)
+        if self._method.wants_base:
+            arguments["base"] = stack.base()
         merged = self._checked(self._method.function(deltas, **arguments), shape)
         if self._base is not None:
             np.add(stack.base(), merged, out=merged)

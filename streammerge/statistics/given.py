@@ -84,10 +84,15 @@ def _models(spec: TensorSpec, knobs: Knobs) -> StatisticValue:
     return Same(knobs.models)
 
 
+def _elements(spec: TensorSpec, knobs: Knobs) -> StatisticValue:
+    return Same(spec.numel)
+
+
 def _total_weight(spec: TensorSpec, knobs: Knobs) -> StatisticValue:
     return Same(float(knobs.of_all["weight"].sum()))
 
 
 Random: TypeAlias = Annotated[Draws, Given(_draws)]
 ModelCount: TypeAlias = Annotated[int, Given(_models)]  # those that leave the tensor alone included
+ElementCount: TypeAlias = Annotated[int, Given(_elements)]  # of the tensor
 TotalWeight: TypeAlias = Annotated[float, Given(_total_weight, knob="weight")]  # theirs included

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streammerge.kernels.weighted import sum_of_magnitudes
-from streammerge.memory import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import OfStack, check_names, of_each
+from streammerge.statistics.sums import Summing
 from streammerge.words import (
     Declared,
     DeltaStack,
@@ -19,7 +20,6 @@ from streammerge.words import (
     Knobs,
     StatisticValue,
     TensorSpec,
-    Tile,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class Rescaling:
         state_bytes: int,
     ) -> Fold | StatisticValue:
         if self._by_norms(knobs):
-            return _Norms(OfStack(self.of).bound(knobs, values))
+            prune = OfStack(self.of).bound(knobs, values)
+            return Summing(partial(_norms, prune), _ratio)
         factors = np.ones(len(knobs.touching))
         if knobs.shared["rescale"] == "density" and self.share is not None:
             shares = of_each(self.share, knobs, numel=spec.numel)
@@ -96,27 +97,16 @@ class Rescaling:
         return pruned and knobs.shared["rescale"] == "l1"
 
 
-@dataclass(slots=True)
-class _Norms:
-    """One read: the L1 norm of each model before and after."""
+def _norms(
+    prune: Callable[[DeltaStack, Deltas], Deltas], stack: DeltaStack, deltas: Deltas
+) -> PerModel:
+    """The L1 norm of each model in a tile, before and after, `[2, models]`."""
+    before = [sum_of_magnitudes(delta) for delta in deltas]
+    after = [sum_of_magnitudes(delta) for delta in prune(stack, deltas)]
+    return np.array([before, after], np.float64)
 
-    prune: Callable[[DeltaStack, Deltas], Any]
-    sums: PerModel | None = None  # [2, models]
 
-    def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
-        return grid
-
-    def measure(self, stack: DeltaStack, scratch: Scratch) -> PerModel:
-        deltas = stack.all()
-        before = [sum_of_magnitudes(delta) for delta in deltas]
-        after = [sum_of_magnitudes(delta) for delta in self.prune(stack, deltas)]
-        return np.array([before, after], np.float64)
-
-    def absorb(self, tile_index: int, part: PerModel) -> None:
-        self.sums = part if self.sums is None else self.sums + part
-
-    def finish(self) -> StatisticValue:
-        assert self.sums is not None
-        before, after = self.sums
-        nothing = (before < _LEAST_NORM) | (after < _LEAST_NORM)
-        return Same(np.where(nothing, 1.0, before / np.where(nothing, 1.0, after)))
+def _ratio(norms: PerModel) -> PerModel:
+    before, after = norms
+    nothing = (before < _LEAST_NORM) | (after < _LEAST_NORM)
+    return np.asarray(np.where(nothing, 1.0, before / np.where(nothing, 1.0, after)))

@@ -1,0 +1,176 @@
+"""The hot loops for the CPU that look at all models of an element; see `cpu`."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+
+from streammerge.kernels.cache import CACHED
+
+_f32 = types.float32[::1]
+_f64 = types.float64[::1]
+_i64 = types.int64
+_rows = types.float32[:, ::1]
+
+# Elements per inner block: three models of it stay in the L1 cache.
+BLOCK = 512
+
+# How `elect` decides a sign, and what it divides by.
+WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
+BY_NONE, BY_WEIGHTS, BY_COUNT = 0, 1, 2
+
+
+@njit(types.void(_f32, types.float32, _f32, _i64), cache=CACHED, nogil=True)
+def _add_votes(vote, w, row, mode):  # [n], scalar, [n], scalar
+    """Add one model's vote to each element."""
+    zero, one = np.float32(0), np.float32(1)
+    if mode == WEIGHTED:
+        for i in range(row.size):
+            vote[i] += w * row[i]
+    elif mode == UNWEIGHTED:
+        for i in range(row.size):
+            vote[i] += row[i]
+    else:
+        for i in range(row.size):
+            d = w * row[i]
+            vote[i] += one if d > zero else (-one if d < zero else d)  # NaN stays, to be found
+
+
+@njit(
+    types.void(_rows, _f64, _i64, _i64, types.float64, types.float32, _f32),
+    cache=CACHED,
+    nogil=True,
+)
+def elect(deltas, weights, mode, by, least, scale, out):  # [models, n], [models], -, -, -, -, [n]
+    """Vote on signs, then the (mean of the) agreeing weighted deltas; `out` may be `deltas[0]`.
+
+    Weights are added up in float64: those that cancel must come to nothing, not to a rounding. A
+    divisor of nothing is 1; where `least` is above zero, a smaller one is `least`.
+    """
+    models, n = deltas.shape
+    vote = np.empty(BLOCK, np.float32)
+    total = np.empty(BLOCK, np.float32)
+    divisor = np.empty(BLOCK, np.float64)
+    zero = np.float32(0)
+    for start in range(0, n, BLOCK):
+        size = min(BLOCK, n - start)
+        for i in range(size):
+            vote[i] = zero
+            divisor[i] = 0.0
+        for m in range(models):
+            _add_votes(vote[:size], np.float32(weights[m]), deltas[m, start : start + size], mode)
+        for i in range(size):
+            total[i] = vote[i] - vote[i]  # nothing; NaN where a delta is not finite, to be found
+        for m in range(models):
+            share = 1.0 if by == BY_COUNT else weights[m]
+            w = np.float32(weights[m])
+            row = deltas[m, start : start + size]
+            for i in range(size):
+                d = w * row[i]
+                side = row[i] if mode == UNWEIGHTED else d
+                agrees = (side > zero) if vote[i] >= zero else (side < zero)
+                total[i] += d if agrees else zero
+                divisor[i] += share if agrees else 0.0
+        if by == BY_NONE:
+            for i in range(size):
+                out[start + i] = scale * total[i]
+        elif least > 0.0:
+            for i in range(size):
+                out[start + i] = scale * (total[i] / np.float32(max(divisor[i], least)))
+        else:
+            for i in range(size):
+                divide = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
+                out[start + i] = scale * (total[i] / np.float32(divide))
+
+
+@njit(types.void(_rows, _i64, _f32), cache=CACHED, nogil=True)
+def variance(deltas, models, out):  # [n of them, size], scalar, [size]
+    """Population variance over `models` models, those that are not there being zero."""
+    there = deltas.shape[0]
+    for i in range(out.size):
+        mean = 0.0
+        for m in range(there):
+            mean += np.float64(deltas[m, i])
+        mean /= models
+        total = (models - there) * mean * mean
+        for m in range(there):
+            off = np.float64(deltas[m, i]) - mean
+            total += off * off
+        out[i] = np.float32(total / models)
+
+
+@njit(types.void(_rows, _f32), cache=CACHED, nogil=True)
+def zero_where_zero(deltas, marks):  # [models, n], [n]
+    for m in range(deltas.shape[0]):
+        for i in range(marks.size):
+            deltas[m, i] = deltas[m, i] if marks[i] != 0 else np.float32(0)
+
+
+@njit(types.void(_f32, _f32, types.float64), cache=CACHED, nogil=True)
+def zero_below(rows, marks, least):  # [n], [n], scalar
+    for i in range(rows.size):
+        rows[i] = np.float32(0) if np.float64(marks[i]) < least else rows[i]
+
+
+@njit(types.void(_rows, types.float32, _f64), cache=CACHED, nogil=True)
+def count_contributions(deltas, epsilon, counts):  # [models, n], scalar, [2 * models]
+    """Per model, elements above epsilon that it shares with others; then those it has alone."""
+    models, n = deltas.shape
+    for i in range(n):
+        there = 0
+        for m in range(models):
+            there += np.int64(abs(deltas[m, i]) > epsilon)
+        for m in range(models):
+            if abs(deltas[m, i]) > epsilon:
+                counts[m if there > 1 else models + m] += 1.0
+
+
+@njit(types.void(_rows, types.float32, _f64, _f32), cache=CACHED, nogil=True)
+def merge_contributions(deltas, epsilon, alone, out):  # [models, n], scalar, [models], [n]
+    """The mean of those above epsilon; of one alone, itself times its factor."""
+    models, n = deltas.shape
+    for i in range(n):
+        total = np.float32(0)
+        there = 0
+        last = 0
+        for m in range(models):
+            if abs(deltas[m, i]) > epsilon:
+                total += deltas[m, i]
+                there += 1
+                last = m
+        if there == 1:
+            total *= np.float32(alone[last])
+        elif there > 1:
+            total /= np.float32(there)
+        out[i] = total
+
+
+@njit(types.float64(_f32, _f32), cache=CACHED, nogil=True)
+def divergence(model, base):  # [n], [n]
+    """Kullback-Leibler divergence of two rows' soft-max, 1e-8 added to each share; not negative."""
+    top_of_model, top_of_base = np.float64(model[0]), np.float64(base[0])
+    for i in range(model.size):
+        top_of_model = max(top_of_model, np.float64(model[i]))
+        top_of_base = max(top_of_base, np.float64(base[i]))
+    of_model, of_base = 0.0, 0.0
+    for i in range(model.size):
+        of_model += np.exp(np.float64(model[i]) - top_of_model)
+        of_base += np.exp(np.float64(base[i]) - top_of_base)
+    total = 0.0
+    for i in range(model.size):
+        p = np.exp(np.float64(model[i]) - top_of_model) / of_model + 1e-8
+        q = np.exp(np.float64(base[i]) - top_of_base) / of_base + 1e-8
+        total += p * np.log(p / q)
+    return max(total, 0.0)
+
+
+@njit(types.void(_rows, _rows, _rows), cache=CACHED, nogil=True)
+def importance(deltas, base, out):  # [rows, cols] three times
+    """Each element's |difference| times the divergence of its row from the base's."""
+    rows, cols = deltas.shape
+    for r in range(rows):
+        for c in range(cols):
+            out[r, c] = base[r, c] + deltas[r, c]  # the model's row, for now
+        apart = divergence(out[r], base[r])
+        for c in range(cols):
+            out[r, c] = np.float32(abs(np.float64(deltas[r, c])) * apart)
