@@ -28,12 +28,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 
 
 def answers(model: Any) -> Tensor:
-    """Logits `[sequences, tokens, vocabulary]` for two fixed sequences of all tokens."""
+    """Logits for fixed inputs: all tokens, an image, or a sound."""
     import torch
 
     tokens = torch.arange(2 * 48).reshape(2, 48) % VOCABULARY
+    ramp = torch.linspace(-1, 1, 3 * 64 * 64)
+    given = {
+        "input_ids": {"input_ids": tokens},
+        "pixel_values": {"pixel_values": ramp.reshape(1, 3, 64, 64)},
+        "input_values": {"input_values": (torch.arange(600.0)[None] ** 2).cos()},
+    }
     with torch.inference_mode():
-        out: Tensor = model(input_ids=tokens).logits
+        out: Tensor = model(**given[model.main_input_name]).logits
     return out
 
 
