@@ -176,11 +176,15 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
     recipe = _recipe(config, options)
     from streammerge import progress
+    from streammerge.engine import output_folder
+    from streammerge.publication import check_room_for
 
     with progress.reporter(quiet=as_json, log_format="text") as emit:
         if not config:
             emit(progress.as_file(recipe))
         made = _plan(recipe, options, emit)
+        if config or options["out"]:  # else it is not known where the output would go
+            check_room_for(made, output_folder(recipe, config or recipe, options["out"]))
     _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
 
 
