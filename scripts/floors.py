@@ -40,7 +40,7 @@ FLOORS = (
     {"building"},
     {"engine"},
     {"commands"},
-    {"progress"},
+    {"progress", "signals"},
     {"cli"},
     {"__main__"},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import click
 
 from streammerge import __version__
 from streammerge.errors import (
+    Interrupted,
     OutputRefused,
     Problems,
     Refused,
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-INTERRUPTED = 75
 BUG = 70
 
 
@@ -151,18 +152,21 @@ def merge(
         streammerge merge --base ./llama --adapter ./math=0.7 --adapter ./code=0.3 \\
                           --method ties --out ./merged
     """
-    recipe = _recipe(config, options)
-    from streammerge import engine, progress
-    from streammerge.manner import Manner
+    from streammerge.signals import Signals
 
-    with progress.reporter(quiet=quiet, log_format=log_format) as emit:
-        if not config:
-            emit(progress.as_file(recipe))
-        out = engine.output_folder(recipe, config or recipe, options["out"])
-        made = _plan(recipe, options, emit)
-        emit(progress.planned(made))
-        manner = Manner(force, strict_bytes, keep_nan=nan == "keep", emit=emit)
-        report = engine.run(made, out, manner)
+    with Signals(_same_command()) as signals:
+        recipe = _recipe(config, options)
+        from streammerge import engine, progress
+        from streammerge.manner import Manner
+
+        with progress.reporter(quiet=quiet, log_format=log_format) as emit:
+            if not config:
+                emit(progress.as_file(recipe))
+            out = engine.output_folder(recipe, config or recipe, options["out"])
+            made = _plan(recipe, options, emit)
+            emit(progress.planned(made))
+            manner = Manner(force, strict_bytes, nan == "keep", signals.stopped, emit)
+            report = engine.run(made, out, manner)
     _print(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
 
 
@@ -172,11 +176,15 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
     recipe = _recipe(config, options)
     from streammerge import progress
+    from streammerge.engine import output_folder
+    from streammerge.publication import check_room_for
 
     with progress.reporter(quiet=as_json, log_format="text") as emit:
         if not config:
             emit(progress.as_file(recipe))
         made = _plan(recipe, options, emit)
+        if config or options["out"]:  # else it is not known where the output would go
+            check_room_for(made, output_folder(recipe, config or recipe, options["out"]))
     _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
 
 
@@ -376,15 +384,25 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was published. Run the same command again.", err=True)
-        sys.exit(INTERRUPTED)
+        _say(Interrupted("interrupted", remedy=_go_on()), as_json=as_json)
+        sys.exit(Interrupted.exit_code)
     except StreammergeError as error:
+        if isinstance(error, Interrupted):
+            error.remedy = _go_on()
         _say(error, as_json=as_json)
         sys.exit(error.exit_code)
     except Exception:
         traceback.print_exc()
         click.echo("this is a bug in streammerge; please report the lines above", err=True)
         sys.exit(BUG)
+
+
+def _go_on() -> str:
+    return f"to go on, run the same command again: {_same_command()}"
+
+
+def _same_command() -> str:
+    return shlex.join(["streammerge", *sys.argv[1:]])
 
 
 def _pairs() -> list[tuple[str, tuple[str, str]]]:

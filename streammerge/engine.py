@@ -20,6 +20,7 @@ from streammerge.methods import CATALOGUE
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
 from streammerge.publication import (
+    check_room_for,
     compare_buffers,
     recorded_changes,
     refuse_overlap,
@@ -134,6 +135,7 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     if already:
         clear_state(out)
     else:
+        check_room_for(plan, out)
         compare_buffers(plan)
         with threadpool_limits(1, "blas"), plan.files:
             resumed = build(plan, out, identity, changes, manner)

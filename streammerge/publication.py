@@ -39,9 +39,16 @@ from streammerge.storage.record import (
     read_record,
 )
 from streammerge.storage.references import display_name
-from streammerge.storage.rundir import check_output
+from streammerge.storage.room import check_room
+from streammerge.storage.rundir import check_output, state_folder
 from streammerge.storage.smallfile import read_small
 from streammerge.words import Extent
+
+# A tile of the narrowest type that is merged, and what the journal has to say of it.
+_LEAST_PIECE_BYTES = 2 * grid.TILE_ELEMENTS
+_LINE_BYTES = 400
+# Card, recipe, record, index, lock and its owner.
+_OWN_FILES, _OWN_FILE_BYTES = 6, 64 << 10
 
 
 def refuse_overlap(plan: Plan, out: Path) -> None:
@@ -61,6 +68,17 @@ def refuse_overlap(plan: Plan, out: Path) -> None:
             found=folder,
             remedy="choose an --out outside of the inputs",
         )
+
+
+def check_room_for(plan: Plan, out: Path) -> None:
+    """Raise `OutputRefused` unless the output fits where it is built, which is where it stays."""
+    others = donated(plan.inputs.donor.path, plan.outline.tokenizer).values()
+    companions = [path.stat().st_size for path in others]
+    pieces = sum(-(-layout.size_bytes // _LEAST_PIECE_BYTES) for layout in plan.layouts)
+    journal = _LINE_BYTES * (pieces + plan.demand.merged_tensors + plan.demand.copied_tensors)
+    own = [_OWN_FILE_BYTES] * _OWN_FILES
+    shards = [layout.size_bytes for layout in plan.layouts]
+    check_room(state_folder(out), [*shards, *companions, journal, *own])
 
 
 def there_already(out: Path, identity: Identity, manner: Manner) -> bool:

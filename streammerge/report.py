@@ -63,7 +63,7 @@ class Changes:
             if not self._models[model].takes_part(tensor):
                 continue
             self._applied[model] += 1
-            if base > 0 and not math.isnan(squared):
+            if base > 0 and math.isfinite(squared / base):
                 self._ratios[model].append((tensor, math.sqrt(squared / base)))
 
     def copied(self, tensor: str, path: str) -> None:

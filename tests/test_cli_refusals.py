@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 
 import streammerge as sm
@@ -211,6 +212,43 @@ def test_infinity_in_an_adapter_is_refused_without_noise(inputs: Path, refused: 
     spoil(inputs / "lora-0", UP_B, struct.pack("<f", float("inf")))
     done = refused(65, UP, recipe="linear.yaml")
     assert "RuntimeWarning" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+@pytest.mark.parametrize("where", ["base", "tuned"])
+def test_the_file_that_holds_a_nan_is_named(
+    inputs: Path, tmp_path: Path, where: str, method: str
+) -> None:
+    spoil(inputs / where, UP, NAN[2:])
+    models = "".join(
+        f"  - {{model: ./{name}, parameters: {{weight: 0.5}}}}\n" for name in ("base", "tuned")
+    )
+    base = "base_model: ./base\n" if method == "ties" else ""
+    text = f"merge_method: {method}\n{base}models:\n{models}"
+    with pytest.raises(BadInput) as caught:
+        sm.merge(write_recipe(inputs, "cfg", text), out=tmp_path / "out")
+    said = str(caught.value)
+    assert where in said and UP in said and "NaN" in said and "--nan keep" in said
+    other = {"base": "tuned", "tuned": "base"}[where]
+    assert f"/{other}/" not in said
+
+
+def test_nan_is_kept_where_that_is_asked_for(inputs: Path, tmp_path: Path) -> None:
+    spoil(inputs / "base", UP, NAN[2:])
+    out = tmp_path / "out"
+    done = run("merge", "ties.yaml", "--out", out, "--nan", "keep", cwd=inputs)
+    assert done.returncode == 0, done.stderr
+    values = np.frombuffer(tensors(out)[UP][2], np.uint16)
+    assert np.count_nonzero((values & 0x7FFF) > 0x7F80) == 1
+    checked = run("verify", out, "--read-data", "--recompute", 99, cwd=inputs)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_a_value_that_grows_too_large_is_refused_even_so(inputs: Path, tmp_path: Path) -> None:
+    spoil(inputs / "base", UP, struct.pack("<f", 1e6)[2:])
+    text = (inputs / "ties.yaml").read_text() + "out_dtype: float16\n"
+    with pytest.raises(BadInput, match="too large for F16"):
+        sm.merge(write_recipe(inputs, "cfg", text), out=tmp_path / "out", nan="keep")
 
 
 def test_what_is_too_large_for_float16_is_refused(inputs: Path, refused: Refused) -> None:

@@ -107,7 +107,7 @@ def _sample(plan: Plan, tiles: int, seed: str) -> dict[str, frozenset[int]]:
 
 
 def _derive(plan: Plan, sample: Mapping[str, frozenset[int]], comparison: _Comparison) -> None:
-    worker, flight = Worker(plan, comparison), plan.flight
+    worker, flight = Worker(plan, comparison, keep_nan=True), plan.flight
 
     def courses() -> Iterator[Course]:
         for job in plan.jobs():

@@ -8,6 +8,7 @@ what the plan saw.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,10 @@ from streammerge.words import Extent, Tile
 
 Io = Literal["auto", "mmap", "read"]
 
-# Files kept open at once; a merge of many shards must not run into the limit of handles.
+# Files kept open at once, and handles left to all others: a merge of many shards must not run into
+# the limit. A mapped file takes two.
 _OPEN_FILES = 24
+_OTHER_HANDLES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,9 @@ class Files:
                 self._close_idle()
 
     def _close_idle(self) -> None:
-        surplus = len(self._open) - _OPEN_FILES
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _OPEN_FILES if limit < 0 else min(_OPEN_FILES, (limit - _OTHER_HANDLES) // 2)
+        surplus = len(self._open) - most
         idle = [path for path, handle in self._open.items() if handle.users == 0]
         for path in idle[: max(0, surplus)]:
             _close(self._open.pop(path))

@@ -65,7 +65,7 @@ class RunDirectory:
     def __init__(self, out: Path, path: Path | None = None) -> None:
         """Create it, or take over what another run left there."""
         self._out = out.absolute()
-        self.path = path or _state_folder(self._out)
+        self.path = path or state_folder(out)
         self.output = self.path / _OUTPUT  # where the output is built
         self.journal = self.path / JOURNAL
         self._replaced = self.path / "replaced"  # where one waits while another takes its name
@@ -175,10 +175,12 @@ def _beside(out: Path) -> Path:
     return out.parent / f".{out.name}.streammerge"
 
 
-def _state_folder(out: Path) -> Path:
+def state_folder(out: Path) -> Path:
     """Beside the output; inside it where that is an empty folder, which may be a mount point."""
-    beside = _beside(out)
-    return out / _INSIDE if not beside.exists() and out.is_dir() and _awaits(out) else beside
+    whole = out.absolute()
+    beside = _beside(whole)
+    inside = not beside.exists() and whole.is_dir() and _awaits(whole)
+    return whole / _INSIDE if inside else beside
 
 
 def _awaits(out: Path) -> bool:

@@ -1,0 +1,57 @@
+"""Whether a file system has room for an output: bytes, files, and how large one may be."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+from streammerge.errors import OutputRefused, Problems
+from streammerge.sizes import format_size
+
+
+def check_room(folder: Path, sizes: Sequence[int]) -> None:
+    """Raise `OutputRefused`, for all that is short, unless files of those sizes fit.
+
+    What the folder holds already is taken to be part of them: an unfinished run goes on there.
+    """
+    problems = Problems()
+    there = _below(folder)
+    free = os.statvfs(_existing(folder))
+    blocks = free.f_bfree if os.geteuid() == 0 else free.f_bavail
+    room = blocks * free.f_frsize + sum(one.st_blocks * 512 for one in there)
+    if room < sum(sizes):
+        found, expected = f"{format_size(room)} free", format_size(sum(sizes))
+        problems.add(_short("not enough space for the output", folder, found, expected))
+    files = free.f_favail + len(there)
+    if free.f_files and files < len(sizes):  # no count: files take nothing but space there
+        found, expected = f"{files} free inodes", f"{len(sizes)} for as many files"
+        problems.add(_short("not enough inodes for the output", folder, found, expected))
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most != resource.RLIM_INFINITY and most < max(sizes):
+        problems.add(
+            OutputRefused(
+                "files of the output would be larger than this process may write",
+                where=str(folder),
+                found=f"a limit of {format_size(most)} (ulimit -f)",
+                expected=format_size(max(sizes)),
+                remedy="raise the limit, or choose a smaller --shard-size",
+            )
+        )
+    problems.raise_any()
+
+
+def _short(what: str, folder: Path, found: str, expected: str) -> OutputRefused:
+    remedy = "make room on that disk, or choose an --out on another"
+    return OutputRefused(what, where=str(folder), found=found, expected=expected, remedy=remedy)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _below(folder: Path) -> list[os.stat_result]:
+    """Every file below a folder."""
+    return [path.lstat() for path in folder.rglob("*") if path.is_file()]
