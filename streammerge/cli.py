@@ -193,11 +193,13 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
 @click.option("--base", metavar="DIR", help="The base that an adapter would be applied to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def inspect(paths: Sequence[str], base: str | None, as_json: bool) -> None:
-    """Say what model and adapter folders hold; reads headers only."""
+    """Say what model and adapter folders hold, and what hinders a merge of them."""
     from streammerge.commands.inspect import describe, examine
 
-    found = [examine(path, base) for path in paths]
+    problems = Problems()
+    found = [examine(path, base, problems) for path in paths]
     _print(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
+    problems.raise_any()
 
 
 @cli.command()

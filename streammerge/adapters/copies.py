@@ -49,7 +49,8 @@ def same_update(one: Update | None, other: Update | None) -> bool:
             return True
         case Factors(), Factors():
             sides = (one.left, other.left), (one.right, other.right)
-            return one.scale == other.scale and all(same_matrix(*pair) for pair in sides)
+            plain = one.values is None and other.values is None  # AdaLoRA ties no weights
+            return plain and one.scale == other.scale and all(same_matrix(*pair) for pair in sides)
         case Replacement(), Replacement():
             alike = one.rows == other.rows and one.extent.spec.shape == other.extent.spec.shape
             return (
