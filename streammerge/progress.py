@@ -61,10 +61,9 @@ def describe_plan(plan: Plan) -> str:
     demand, flight = plan.demand, plan.flight
     lines = [f"method    {plan.recipe.method.name}"]
     lines += [f"model     {line}" for line in _models(plan)]
-    reads = ", ".join(f"{n} tensors read {_times(r)}" for r, n in sorted(demand.reads.items()))
-    copied = f"{demand.copied_tensors} tensors copied as they are"
+    lines += [f"tensors   {line}" for line in _passes(plan)]
     lines += [
-        f"tensors   {', '.join(part for part in (reads, copied) if part)}",
+        f"tensors   {demand.copied_tensors} copied as they are",
         f"read      {format_size(demand.read_bytes)}",
         f"write     {format_size(demand.write_bytes)} in {_files(len(plan.layouts))}, of which "
         f"{format_size(demand.copied_bytes)} copied inside the kernel",
@@ -105,7 +104,20 @@ def _models(plan: Plan) -> Iterator[str]:
         if model.adapter:
             updates = len(model.adapter.updates)
             part = f"{updates} of {updates} tensors applied"
-        yield f"{model.name}: {knobs}; {part}"
+        yield f"{model.name}: {f'{knobs}; ' if knobs else ''}{part}"
+
+
+def _passes(plan: Plan) -> Iterator[str]:
+    """For tensors that are read alike: how often, for what, and how much that is for each."""
+    for waves, group in plan.demand.passes.items():
+        names = [" and ".join(dict.fromkeys(map(_purpose, wave))) for wave in waves]
+        purposes = f" for {', then '.join(names)}, then to merge" if names else ""
+        each = format_size(group.read_bytes // group.tensors)
+        yield f"{group.tensors} read {_times(1 + len(waves))}{purposes}: {each} each"
+
+
+def _purpose(statistic: str) -> str:
+    return "its sources" if statistic.startswith("source ") else statistic
 
 
 def _times(reads: int) -> str:

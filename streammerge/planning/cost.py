@@ -31,6 +31,18 @@ class Held:
         return self.factor_bytes + state
 
 
+# The statistics that share each read of a tensor before the merge.
+Passes = tuple[tuple[str, ...], ...]
+
+
+@dataclass(slots=True)
+class Group:
+    """Tensors that take the same passes."""
+
+    tensors: int = 0
+    read_bytes: int = 0  # of all their passes
+
+
 @dataclass(slots=True)
 class Demand:
     """Totals over all jobs, and the largest of what must be in memory at once."""
@@ -46,7 +58,15 @@ class Demand:
     worker_bytes: int = 0  # of one thread, at its largest tile
     held: list[Held] = field(default_factory=list)  # of the jobs that hold most
     part_bytes: int = 0  # of one measured part
-    reads: dict[int, int] = field(default_factory=dict)  # reads of a tensor -> tensors
+    passes: dict[Passes, Group] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> dict[int, int]:
+        """Reads of a tensor -> tensors."""
+        found: dict[int, int] = {}
+        for waves, group in self.passes.items():
+            found[1 + len(waves)] = found.get(1 + len(waves), 0) + group.tensors
+        return found
 
 
 def add_up(jobs: Iterable[Job]) -> Demand:
@@ -70,19 +90,22 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
     waves = merged.waves()
     reads = 1 + len(waves)
     demand.merged_tensors += 1
-    demand.read_bytes += merged.once_bytes + merged.merge_bytes(whole)
-    demand.read_bytes += sum(merged.measure_bytes(whole, names) for names in waves)
+    read_bytes = merged.once_bytes + merged.merge_bytes(whole)
+    read_bytes += sum(merged.measure_bytes(whole, names) for names in waves)
     demand.tile_reads += reads * merged.spec.numel
     measured = merged.spec.numel * job.target.spec.dtype.itemsize
     demand.progress_bytes += job.target.spec.nbytes + len(waves) * measured
     demand.most_reads = max(demand.most_reads, reads)
-    demand.reads[reads] = demand.reads.get(reads, 0) + 1
     tiles = [grid.largest_tile(merged.spec)]
     if waves:
         samples = _samples(merged)
-        demand.read_bytes += sum(merged.measure_bytes(tile, samples[tile]) for tile in samples)
+        read_bytes += sum(merged.measure_bytes(tile, samples[tile]) for tile in samples)
         demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
         tiles += samples
+    demand.read_bytes += read_bytes
+    group = demand.passes.setdefault(tuple(tuple(names) for names in waves), Group())
+    group.tensors += 1
+    group.read_bytes += read_bytes
     resident = merged.resident_bytes
     if job.beyond is not None:
         resident += _add_beyond(demand, job, job.beyond)

@@ -66,7 +66,15 @@ class Plan:
                 "merged": self.demand.merged_tensors,
                 "copied": self.demand.copied_tensors,
             },
-            "reads_of_a_tensor": {str(n): count for n, count in sorted(self.demand.reads.items())},
+            "passes": [
+                {
+                    "statistics": [list(names) for names in waves],
+                    "tensors": group.tensors,
+                    "reads_of_a_tensor": 1 + len(waves),
+                    "read_bytes": group.read_bytes,
+                }
+                for waves, group in self.demand.passes.items()
+            ],
             "read_bytes": self.demand.read_bytes,
             "write_bytes": self.demand.write_bytes,
             "copied_bytes": self.demand.copied_bytes,

@@ -108,11 +108,15 @@ class Applied:
         rows, cols = tile.shape(self.spec)
         sources = [*self._models, *([self._base] if self._base is not None else [])]
         stored = max(source.scratch_bytes(tile) for source in sources)
-        own = self._method.temporaries
-        own = 1 + len(self._models) if own is None else own
-        buffers = 1 + len(self._models) + max(self._needs.buffers(), own)  # base, stack, others
-        return buffers * 4 * rows * cols + stored
+        held = tiles_held(self._method, self._needs, len(self._models))
+        return held * 4 * rows * cols + stored
 
     def release(self) -> None:
         for model in self._models:
             model.release()
+
+
+def tiles_held(method: MethodSpec, needs: Needs, models: int) -> int:
+    """How many float32 tiles a thread holds: the base, the stack, and what is made of them."""
+    own = 1 + models if method.temporaries is None else method.temporaries
+    return 1 + models + max(needs.buffers(), own)

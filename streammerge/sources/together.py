@@ -100,7 +100,7 @@ class ByRows:
         rows, cols = tile.shape(self._models[0].spec)
         sources = [*self._models, *([self._base] if self._base is not None else [])]
         stored = max(source.scratch_bytes(tile) for source in sources)
-        return (1 + len(self._models) + 2) * 4 * rows * cols + stored + _NUMPY_BYTES
+        return tiles_held(len(self._models)) * 4 * rows * cols + stored + _NUMPY_BYTES
 
     def release(self) -> None:
         for model in self._models:
@@ -115,6 +115,11 @@ def add_times(out: Rows, factor: Factor, rows: Rows, tile: Tile) -> None:
     here = factor if len(factor) == 1 else factor[tile.start : tile.stop]
     np.multiply(rows, here.astype(np.float32), out=rows)
     np.add(out, rows, out=out)
+
+
+def tiles_held(models: int) -> int:
+    """How many float32 tiles a thread holds: the base, the stack, one delta and the sum."""
+    return 1 + models + 2
 
 
 class ByFactors:
