@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from other_models import make_resnet, make_wav2vec2
 from peft_models import VOCABULARY, make_gpt2, make_llama, make_qwen2
 
 # What PEFT is told of a model: trained in full, next to a LoRA that keeps it company.
@@ -94,6 +95,8 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "Qwen2-VL": make_qwen2_vl,
     "Qwen2-VL, tied": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
+    "ResNet": make_resnet,
+    "wav2vec 2.0": make_wav2vec2,
 }
 
 
@@ -113,13 +116,14 @@ def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> An
     Whatever PEFT would train is moved by random values, since it starts where the base is.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     model = load_any(model_folder)
     if case.change:
         case.change(model)
-    model = get_peft_model(model, LoraConfig(**case.config))
+    kind = AdaLoraConfig if "init_r" in case.config else LoraConfig
+    model = get_peft_model(model, kind(**case.config))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.2
@@ -128,6 +132,34 @@ def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> An
         case.spoil(out_folder)
     return model.eval()
 
+
+_DORA: dict[str, Any] = {"use_dora": True}
+_ADALORA: dict[str, Any] = {"init_r": 6, "target_r": 3, "total_step": 10}
+KINDS = (
+    Case("LoRA", "Llama", {"target_modules": "all-linear"}),
+    Case("LoRA", "GPT-2, untied", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
+    Case("LoRA", "Qwen2-VL", {"target_modules": [*ATTENTION, "qkv"], "use_rslora": True}),
+    Case("LoRA on an embedding", "Llama", {"target_modules": ["embed_tokens"]}),
+    Case("LoRA on an embedding", "GPT-2, untied", {"target_modules": ["wte", "wpe"]}),
+    Case("LoRA on a convolution", "ResNet", {"target_modules": ["convolution"]}, remark="2-d"),
+    Case(
+        "LoRA on a convolution",
+        "wav2vec 2.0",
+        {"target_modules": ["0.conv", "1.conv"]},
+        remark="1-d",
+    ),
+    Case("DoRA", "Qwen2", {"target_modules": "all-linear", **_DORA}),
+    Case("DoRA", "GPT-2, untied", {"target_modules": ["c_attn", "wte"], **_DORA}),
+    Case("DoRA", "Llama", {"target_modules": ["embed_tokens"], **_DORA}, remark="an embedding"),
+    Case("DoRA", "ResNet", {"target_modules": ["convolution"], **_DORA}, remark="2-d convolutions"),
+    Case(
+        "DoRA", "wav2vec 2.0", {"target_modules": ["0.conv"], **_DORA}, remark="a 1-d convolution"
+    ),
+    Case("lora_bias", "Qwen2", {"target_modules": ATTENTION, "lora_bias": True}),
+    Case("lora_bias", "GPT-2", {"target_modules": ["c_attn"], "lora_bias": True}),
+    Case("AdaLoRA", "Llama", {"target_modules": ATTENTION, **_ADALORA}),
+    Case("AdaLoRA", "GPT-2, untied", {"target_modules": ["c_attn"], **_ADALORA}),
+)
 
 REPLACING = (
     Case("modules_to_save", "Llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}),
@@ -313,4 +345,4 @@ LARGER = (
     ),
 )
 
-CASES = (*REPLACING, *TIED, *BERT, *LARGER)
+CASES = (*KINDS, *REPLACING, *TIED, *BERT, *LARGER)

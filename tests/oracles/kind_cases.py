@@ -16,21 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from adapter_cases import load_any, make_qwen2_vl
 from exact_merge import STEP, Answer, Exact, Stored, read_tensors
+from other_models import make_convnext, make_resnet, make_wav2vec2, save_new
 from peft_models import VOCABULARY, make_gpt2, make_llama, make_qwen2
 
 PREFIX = "base_model.model."
 ROUNDINGS = 8  # of a norm, which float32 arithmetic takes over a few dozen elements
-
-
-def _save(kind: str, config: Any, folder: Path, dtype: str) -> Path:
-    import torch
-    import transformers
-
-    torch.manual_seed(20)
-    model = getattr(transformers, kind)(config)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    return folder
 
 
 def make_bert(folder: Path, dtype: str = "float32") -> Path:
@@ -46,68 +38,7 @@ def make_bert(folder: Path, dtype: str = "float32") -> Path:
         max_position_embeddings=64,
         tie_word_embeddings=False,
     )
-    return _save("BertModel", config, folder, dtype)
-
-
-def make_resnet(folder: Path, dtype: str = "float32") -> Path:
-    """Convolutions with kernels of 7 x 7, 3 x 3 and 1 x 1."""
-    from transformers import ResNetConfig
-
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3
-    )
-    return _save("ResNetForImageClassification", config, folder, dtype)
-
-
-def make_whisper(folder: Path, dtype: str = "float32") -> Path:
-    """Convolutions of one dimension before an encoder."""
-    from transformers import WhisperConfig
-
-    config = WhisperConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        num_mel_bins=10,
-        max_source_positions=32,
-        max_target_positions=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    return _save("WhisperForConditionalGeneration", config, folder, dtype)
-
-
-def make_qwen2_vl(folder: Path, dtype: str = "float32") -> Path:
-    """A patch embedding that is a convolution of three dimensions; the file's names are its own."""
-    from transformers import Qwen2VLConfig
-
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    return _save("Qwen2VLForConditionalGeneration", config, folder, dtype)
-
-
-def make_convnext(folder: Path, dtype: str = "float32") -> Path:
-    """Convolutions with as many groups as channels."""
-    from transformers import ConvNextConfig
-
-    config = ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, num_labels=3)
-    return _save("ConvNextForImageClassification", config, folder, dtype)
+    return save_new("BertModel", config, folder, dtype)
 
 
 MODELS: dict[str, Callable[..., Path]] = {
@@ -116,8 +47,8 @@ MODELS: dict[str, Callable[..., Path]] = {
     "gpt2": partial(make_gpt2, tied=False),
     "bert": make_bert,
     "resnet": make_resnet,
-    "whisper": make_whisper,
-    "qwen2-vl": make_qwen2_vl,
+    "wav2vec2": make_wav2vec2,
+    "qwen2-vl": lambda folder, dtype: make_qwen2_vl(folder),
     "convnext": make_convnext,
 }
 
@@ -137,7 +68,7 @@ class Case:
 
 _RANKS = {"r": 5, "lora_alpha": 3}
 _CONV2D = {"target_modules": ["convolution"], **_RANKS}
-_CONV1D = {"target_modules": ["conv1", "conv2"], **_RANKS}
+_CONV1D = {"target_modules": ["0.conv", "1.conv"], **_RANKS}
 _VISION = {"model.visual.": "visual.", "model.language_model.": "model."}
 _BERT = ["query", "word_embeddings", "position_embeddings"]
 _ADALORA = {"init_r": 6, "target_r": 3, "total_step": 10, "lora_alpha": 7}
@@ -153,7 +84,7 @@ CASES: dict[str, Case] = {
     "embedding-of-gpt2": Case("gpt2", {"target_modules": ["wte", "wpe", "c_attn"]}),
     "convolution-2d": Case("resnet", _CONV2D),
     "convolution-2d-bfloat16": Case("resnet", _CONV2D, "bfloat16", "float16"),
-    "convolution-1d": Case("whisper", _CONV1D),
+    "convolution-1d": Case("wav2vec2", _CONV1D),
     "convolution-3d": Case("qwen2-vl", {"target_modules": ["proj"], **_RANKS}, renamed=_VISION),
     "dora": Case("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "dora-bfloat16": Case(
@@ -168,7 +99,7 @@ CASES: dict[str, Case] = {
         "bert", {"target_modules": _BERT, "use_dora": True}, "bfloat16", "bfloat16"
     ),
     "dora-convolution-2d": Case("resnet", {**_CONV2D, "use_dora": True}),
-    "dora-convolution-1d": Case("whisper", {**_CONV1D, "use_dora": True}),
+    "dora-convolution-1d": Case("wav2vec2", {**_CONV1D, "use_dora": True}),
     "dora-convolution-3d": Case(
         "qwen2-vl", {"target_modules": ["proj"], "use_dora": True}, renamed=_VISION
     ),
@@ -186,7 +117,7 @@ CASES: dict[str, Case] = {
     "lora-bias-conv1d": Case(
         "gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "use_rslora": True}, "bfloat16"
     ),
-    "lora-bias-convolution": Case("whisper", {**_CONV1D, "lora_bias": True}),
+    "lora-bias-convolution": Case("wav2vec2", {**_CONV1D, "lora_bias": True}),
     "adalora": Case("llama", {**_ADALORA, "target_modules": ["q_proj", "up_proj"]}, adalora=True),
     "adalora-bfloat16": Case(
         "bert", {**_ADALORA, "target_modules": ["query"]}, "bfloat16", "bfloat16", adalora=True
@@ -204,16 +135,6 @@ CASES: dict[str, Case] = {
     "adalora-conv1d": Case("gpt2", {**_ADALORA, "target_modules": ["c_attn"]}, adalora=True),
     "adalora-convolution": Case("resnet", {**_ADALORA, **_CONV2D}, adalora=True),
 }
-
-
-def load_any(folder: Path) -> Any:
-    """A saved model in float32, as the class that its config names."""
-    import torch
-    import transformers
-
-    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-    kind = getattr(transformers, name)
-    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
 def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> Path:

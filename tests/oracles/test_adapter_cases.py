@@ -29,13 +29,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 
 
 def answers(model: Any) -> Tensor:
-    """Logits `[sequences, tokens, vocabulary]` for two fixed sequences of all its tokens."""
+    """Logits for fixed inputs: all of its tokens, an image, or a sound."""
     import torch
 
-    words = model.config.get_text_config().vocab_size
-    tokens = torch.arange(words - words % 2).reshape(2, -1)
+    words = getattr(model.config.get_text_config(), "vocab_size", 0)
+    ramp = torch.linspace(-1, 1, 3 * 64 * 64)
+    given = {
+        "input_ids": {"input_ids": torch.arange(words - words % 2).reshape(2, -1)},
+        "pixel_values": {"pixel_values": ramp.reshape(1, 3, 64, 64)},
+        "input_values": {"input_values": (torch.arange(600.0)[None] ** 2).cos()},
+    }
     with torch.inference_mode():
-        out: Tensor = model(input_ids=tokens).logits
+        out: Tensor = model(**given[model.main_input_name]).logits
     return out
 
 
