@@ -75,7 +75,14 @@ class Product:
         rows = len(range(tile.start, tile.stop, tile.row_step))
         widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self.factors)
         thinned = 4 * self._rank * self._cols // tile.col_step if tile.col_step > 1 else 0
-        return rows * (8 * self._rank + widest) + thinned
+        return rows * (8 * self._rank + widest) + thinned + self._whole_row_bytes(tile)
+
+    def _whole_row_bytes(self, tile: Tile) -> int:
+        """The columns of a sample are cut from stored rows, one after the other."""
+        if tile.row_step == 1:
+            return 0
+        lefts = [pair.left for pair in self.factors if pair.left.transposed]
+        return max((left.rows * _itemsize(left) for left in lefts), default=0)
 
     def rows(self, tile: Tile, own: Rows | None, out: Rows, scratch: Scratch) -> None:
         """The summed update of a tile, `[rows, cols]`, whatever rows it is added to."""
@@ -188,21 +195,23 @@ class Product:
         size = len(rows) * matrix.cols
         stored = scratch.array("stored factor", (size * spec.dtype.itemsize,), np.uint8)
         if matrix.transposed:
-            self._read_columns(matrix, rows, stored)
+            self._read_columns(matrix, rows, stored, scratch)
         else:
             self._files.block(matrix.extent, rows, range(matrix.cols), stored)
         wide: Rows = scratch.array("factor", shape, np.float32)
         widen(stored, spec.dtype, wide)
         out[...] = wide.T if matrix.transposed else wide
 
-    def _read_columns(self, matrix: Matrix, rows: range, stored: NDArray[np.uint8]) -> None:
+    def _read_columns(
+        self, matrix: Matrix, rows: range, stored: NDArray[np.uint8], scratch: Scratch
+    ) -> None:
         """Columns of the stored matrix, which are rows of its transpose."""
         stored_rows = range(matrix.cols)
         if rows.step == 1:
             self._files.block(matrix.extent, stored_rows, rows, stored)
             return
         size = matrix.extent.spec.dtype.itemsize
-        whole = np.empty((matrix.rows, size), np.uint8)
+        whole = scratch.array("whole row of factor", (matrix.rows, size), np.uint8)
         target = stored.reshape(len(stored_rows), len(rows), size)
         for row in stored_rows:
             self._files.block(
