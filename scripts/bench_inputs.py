@@ -221,11 +221,11 @@ def make_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(written, indent=2))
 
 
-def make_embedding(folder: Path) -> None:
-    """A model of one 128256 x 8192 embedding and a norm, and a fine-tune of it: 2.1 GB each."""
+def make_embedding(folder: Path, shape: tuple[int, int] = EMBEDDING, *, tuned: bool = True) -> None:
+    """A model of one embedding and a norm, and a fine-tune of it: 2.1 GB each at full size."""
     shapes: dict[str, Shape] = {
-        "model.embed_tokens.weight": EMBEDDING,
-        "model.norm.weight": (8192,),
+        "model.embed_tokens.weight": shape,
+        "model.norm.weight": shape[1:],
     }
     noise = Noise(7, 0.02)
 
@@ -234,7 +234,8 @@ def make_embedding(folder: Path) -> None:
 
     config = {"model_type": "llama", "tie_word_embeddings": False}
     write_folder(folder / "base", shapes, 1, config, fill)
-    make_finetune(folder / "base", folder / "tuned", 8)
+    if tuned:
+        make_finetune(folder / "base", folder / "tuned", 8)
 
 
 def make_embedding_adapter(
