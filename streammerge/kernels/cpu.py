@@ -87,18 +87,32 @@ def squares_of_columns(rows, sums):  # [rows, cols], [cols]
 @njit(types.void(_rows, _rows, _f64), cache=CACHED, nogil=True)
 def squares_of_summed_rows(rows, added, sums):  # [rows, cols], [rows, cols], [rows]
     for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            total = np.float64(rows[i, j] + added[i, j])
-            sums[i] += total * total
+        a = b = c = d = 0.0  # four sums, since each addition waits for the one before
+        for j in range(0, rows.shape[1] - 3, 4):
+            a += np.float64(rows[i, j] + added[i, j]) ** 2
+            b += np.float64(rows[i, j + 1] + added[i, j + 1]) ** 2
+            c += np.float64(rows[i, j + 2] + added[i, j + 2]) ** 2
+            d += np.float64(rows[i, j + 3] + added[i, j + 3]) ** 2
+        for j in range(rows.shape[1] // 4 * 4, rows.shape[1]):
+            a += np.float64(rows[i, j] + added[i, j]) ** 2
+        sums[i] = (a + b) + (c + d)
 
 
-@njit(types.void(_rows, _rows, _f64, _f64), cache=CACHED, nogil=True)
-def rescale(rows, change, by_row, by_column):  # [rows, cols], [rows, cols], [rows], [cols]
+@njit(types.void(_rows, _rows, _f64), cache=CACHED, nogil=True)
+def rescale_rows(rows, change, factors):  # [rows, cols], [rows, cols], [rows]
     for i in range(rows.shape[0]):
+        factor = factors[i]
         for j in range(rows.shape[1]):
-            factor = by_row[i] * by_column[j]
             grown = (factor - 1.0) * np.float64(rows[i, j])
             change[i, j] = np.float32(grown + factor * np.float64(change[i, j]))
+
+
+@njit(types.void(_rows, _rows, _f64), cache=CACHED, nogil=True)
+def rescale_columns(rows, change, factors):  # [rows, cols], [rows, cols], [cols]
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            grown = (factors[j] - 1.0) * np.float64(rows[i, j])
+            change[i, j] = np.float32(grown + factors[j] * np.float64(change[i, j]))
 
 
 @njit(types.void(_f32, types.float32, _f32), cache=CACHED, nogil=True)

@@ -32,12 +32,19 @@ def norms_of_rows(rows: Rows, added: Rows) -> Exact:
     return np.sqrt(squares)
 
 
-def rescale(rows: Rows, change: Rows, by_row: Exact, by_column: Exact) -> None:
-    """`change = f (rows + change) - rows`, f being `by_row[:, None] * by_column`, in place.
+def rescale_rows(rows: Rows, change: Rows, factors: Exact) -> None:
+    """`change = f (rows + change) - rows` in place, f being the row's factor, `factors` `[rows]`.
 
     Computed as `(f - 1) rows + f change` in float64 and rounded once, so that a factor near one
-    does not drown the change in the rows' roundings. All `[rows, cols]`.
+    does not drown the change in the rows' roundings. Rows and change are `[rows, cols]`.
     """
     from streammerge.kernels import cpu
 
-    cpu.rescale(rows, change, by_row, by_column)
+    cpu.rescale_rows(rows, change, factors)
+
+
+def rescale_columns(rows: Rows, change: Rows, factors: Exact) -> None:
+    """As `rescale_rows`, each column having its factor, `factors` `[cols]`."""
+    from streammerge.kernels import cpu
+
+    cpu.rescale_columns(rows, change, factors)

@@ -17,7 +17,7 @@ import numpy as np
 
 from streammerge import grid
 from streammerge.arrays import Rows
-from streammerge.kernels.norms import norms_of_rows, rescale
+from streammerge.kernels.norms import norms_of_rows, rescale_columns, rescale_rows
 from streammerge.memory import Scratch
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.low_rank import Product
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Exact = NDArray[np.float64]
+
+
+# A feature's norm and factor, and what is in between.
+_FEATURE_BYTES = 4 * 8
 
 
 class DoraOfRows:
@@ -63,7 +67,7 @@ class DoraOfRows:
         if norms is None:
             norms = norms_of_rows(own, out)
         lengths = self._lengths.values()[tile.start : tile.stop : tile.row_step]
-        rescale(own, out, _factors(lengths, norms), np.ones(out.shape[1]))
+        rescale_rows(own, out, _factors(lengths, norms))
 
     def _norms_of_whole_rows(self, tile: Tile, scratch: Scratch) -> Exact:
         norms = []
@@ -88,13 +92,13 @@ class DoraOfRows:
         return norms + self._product.read_bytes(tile)
 
     def scratch_bytes(self, tile: Tile) -> int:
-        whole = 0
+        spec, whole = self._own.spec, 0
         if tile.col_step > 1:
             band = next(self._bands(tile))
-            rows, cols = band.shape(self._own.spec)
+            rows, cols = band.shape(spec)
             whole = 8 * rows * cols + self._own.scratch_bytes(band)
             whole += self._product.scratch_bytes(band)
-        return whole + self._product.scratch_bytes(tile)
+        return whole + self._product.scratch_bytes(tile) + _FEATURE_BYTES * tile.shape(spec)[0]
 
     def release(self) -> None:
         self._product.release()
@@ -142,13 +146,13 @@ class DoraOfColumns:
         assert self._norms is not None, "the norms are measured first"
         self._product.rows(tile, own, out, scratch)
         factors = _factors(self._lengths.values(), self._norms)[:: tile.col_step]
-        rescale(own, out, np.ones(len(out)), np.ascontiguousarray(factors))
+        rescale_columns(own, out, np.ascontiguousarray(factors))
 
     def read_bytes(self, tile: Tile) -> int:
         return self._product.read_bytes(tile)
 
     def scratch_bytes(self, tile: Tile) -> int:
-        return self._product.scratch_bytes(tile) + 4 * 8 * self._summed.spec.cols  # the factors
+        return self._product.scratch_bytes(tile) + _FEATURE_BYTES * self._summed.spec.cols
 
     def release(self) -> None:
         self._product.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from streammerge.adapters.lora import low_rank
-from streammerge.kernels.norms import rescale
+from streammerge.kernels.norms import rescale_columns, rescale_rows
 from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
 from streammerge.sources.adapted import Adapted
@@ -155,12 +156,15 @@ def test_a_feature_of_zeros_stays_as_it_is(tmp_path: Path, axis: int) -> None:
     assert not out.any()
 
 
-def test_a_factor_near_one_keeps_a_small_change() -> None:
+@pytest.mark.parametrize("rescale", [rescale_rows, rescale_columns])
+def test_a_factor_near_one_keeps_a_small_change(rescale: Callable[..., None]) -> None:
     """f (W + d) - W would round it to multiples of W's last place."""
-    rows = np.full((1, 2), 1000.0, np.float32)
-    change = np.full((1, 2), 1e-6, np.float32)
-    rescale(rows, change, np.array([1 + 1e-9]), np.ones(2))
-    assert change == pytest.approx(np.full((1, 2), 2e-6), rel=1e-6)
+    rows = np.full((2, 2), 1000.0, np.float32)
+    change = np.full((2, 2), 1e-6, np.float32)
+    rescale(rows, change, np.array([1 + 1e-9, 1.0]))
+    expected = np.array([2e-6, 1e-6])
+    expected = np.tile(expected, (2, 1)) if rescale is rescale_columns else expected[:, np.newaxis]
+    assert change == pytest.approx(np.broadcast_to(expected, (2, 2)), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- merges

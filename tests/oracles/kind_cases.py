@@ -215,7 +215,7 @@ def _weight(weight: Exact, parts: Mapping[str, Exact], scale: float, model: str)
     a = parts["embedding_A" if embedding else "A"]
     b = parts["embedding_B" if embedding else "B"]
     rank = len(a)
-    values = parts.get("E", np.ones((rank, 1)))
+    values = parts.get("E", parts.get("diag", np.ones(rank))).reshape(rank, 1)
     flat_a, flat_b = values * a.reshape(rank, -1), b.reshape(len(b), rank)
     transposed = embedding or (model == "gpt2" and weight.ndim == 2)
     delta, size = (

@@ -29,14 +29,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 
 
 def answers(model: Any) -> Tensor:
-    """Logits for fixed inputs: all tokens in two sequences, an image, or a sound."""
+    """Logits for fixed inputs: all of its tokens, an image, or a sound."""
     import torch
 
-    words = getattr(model.config.get_text_config(), "vocab_size", 2)
-    tokens = torch.arange(words - words % 2).reshape(2, -1)
+    words = getattr(model.config.get_text_config(), "vocab_size", 0)
     ramp = torch.linspace(-1, 1, 3 * 64 * 64)
     given = {
-        "input_ids": {"input_ids": tokens},
+        "input_ids": {"input_ids": torch.arange(words - words % 2).reshape(2, -1)},
         "pixel_values": {"pixel_values": ramp.reshape(1, 3, 64, 64)},
         "input_values": {"input_values": (torch.arange(600.0)[None] ** 2).cos()},
     }

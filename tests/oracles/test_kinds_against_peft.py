@@ -16,7 +16,7 @@ from peft_models import Shelf
 import streammerge as sm
 from streammerge import grid
 from streammerge.errors import StreammergeError
-from streammerge.statistics import kth_magnitude
+from streammerge.statistics import select
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_norms_over_all_rows_take_one_more_read_and_any_number_of_threads(
 ) -> None:
     """Two DoRAs of Conv1Ds and one of an embedding: none of their tiles has a whole column."""
     monkeypatch.setattr(grid, "TILE_ELEMENTS", 200)
-    monkeypatch.setattr(kth_magnitude, "_SAMPLE_FROM", 1000)  # samples leave columns out
+    monkeypatch.setattr(select, "_SAMPLE_FROM", 1000)
     adapters = [adapter_of(shelf, label)[1] for label in ("dora-transposed", "dora-patterns")]
     base = model_of(shelf, "gpt2")
     ways: list[dict[str, Any]] = [{"threads": 1, "io": "mmap"}, {"threads": 3, "io": "read"}]
@@ -181,3 +181,26 @@ def test_a_residual_base_is_merged_at_the_recipes_word(
     for name, answer in answers(case, original, converted).items():
         assert_close(name, plain[name], answer)
         assert np.abs(plain[name].values() - ours[name].values()).max() < 1e-5
+
+
+def test_kasa_is_merged_into_its_truncated_base(shelf: Shelf, tmp_path: Path) -> None:
+    """A diagonal stands between its factors, and the base is one that lacks the least part."""
+    import torch
+    from peft import KasaConfig, LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["q_proj"], kasa_config=KasaConfig(), r=4, lora_alpha=6)
+    model = get_peft_model(load_any(model_of(shelf, "llama")), config)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter + 0.1 * torch.randn_like(parameter)
+    adapter, residual = tmp_path / "adapter", tmp_path / "residual"
+    model.save_pretrained(str(adapter))
+    model.unload().save_pretrained(residual)
+    with pytest.raises(StreammergeError, match=r"(?s)KaSA.*assume_residual_base: true"):
+        merge(tmp_path / "refused", residual, adapter)
+    ours = merge(tmp_path / "ours", residual, adapter, assume_residual_base=True)
+    expected = answers(Case("llama", {}), residual, adapter)
+    assert len(expected) == 2
+    for name, answer in expected.items():
+        assert_close(name, ours[name], answer)

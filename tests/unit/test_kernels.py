@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from streammerge.kernels import Cut, elect, multiply, narrow, trim, widen
 from streammerge.kernels.casts import not_finite
+from streammerge.kernels.norms import norms_of_rows, squares_of_columns
 from streammerge.kernels.product import gram, squared_norms
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, count_and_collect, keys
 from streammerge.kernels.vote import Divisor, Vote
@@ -360,3 +361,13 @@ def test_multiply_writes_the_product() -> None:
     out = np.full((7, 11), np.nan, np.float32)
     multiply(left.astype(np.float32), right.astype(np.float32), out)
     np.testing.assert_allclose(out, left @ right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cols", [1, 3, 4, 7, 64, 129])
+def test_squares_of_rows_and_columns(cols: int) -> None:
+    random = np.random.default_rng(cols)
+    rows, added = random.normal(size=(2, 5, cols)).astype(np.float32)
+    summed = (rows + added).astype(np.float64)
+    np.testing.assert_allclose(norms_of_rows(rows, added), np.linalg.norm(summed, axis=1), 1e-14)
+    exact = np.sum(rows.astype(np.float64) ** 2, axis=0)
+    np.testing.assert_allclose(squares_of_columns(rows), exact, 1e-14)
