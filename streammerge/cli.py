@@ -21,6 +21,8 @@ from streammerge.errors import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from streammerge.planning import Plan
     from streammerge.recipe import Recipe
 
@@ -78,8 +80,16 @@ def _recipe_options(command: _F) -> _F:
             "--cache",
             metavar="DIR",
             envvar="STREAMMERGE_CACHE",
-            help="Scratch space, for what does not fit in memory. Optional.",
+            help="Where rows are spilled to; default: beside the output.",
         ),
+        click.option(
+            "--spill",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            show_default=True,
+            help="Whether rows that are wanted again are kept on disk; auto: where it pays.",
+        ),
+        click.option("--keep-cache", is_flag=True, help="Leave there what was spilled."),
         click.option(
             "--memory",
             metavar="SIZE",
@@ -159,7 +169,7 @@ def merge(
         if not config:
             emit(progress.as_file(recipe))
         out = engine.output_folder(recipe, config or recipe, options["out"])
-        made = _plan(recipe, options, emit)
+        made = _plan(recipe, options, emit, out)
         emit(progress.planned(made))
         manner = Manner(force, strict_bytes, keep_nan=nan == "keep", emit=emit)
         report = engine.run(made, out, manner)
@@ -176,7 +186,7 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
     with progress.reporter(quiet=as_json, log_format="text") as emit:
         if not config:
             emit(progress.as_file(recipe))
-        made = _plan(recipe, options, emit)
+        made = _plan(recipe, options, emit, options["out"])
     _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
 
 
@@ -304,11 +314,12 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     return replace(recipe, **changes) if changes else recipe
 
 
-def _plan(recipe: Recipe, options: dict[str, Any], emit: Any) -> Plan:
+def _plan(recipe: Recipe, options: dict[str, Any], emit: Any, out: Path | None) -> Plan:
     from streammerge import engine
 
-    memory, threads, io = options["memory"], options["threads"], options["io"]
-    return engine.plan(recipe, memory=memory, threads=threads, io=io, emit=emit)
+    names = ("memory", "threads", "io", "spill", "cache", "keep_cache")
+    chosen = {name: options[name] for name in names}
+    return engine.plan(recipe, out=out, emit=emit, **chosen)
 
 
 def _prepare(cache: str | None) -> None:
