@@ -40,7 +40,7 @@ FLOORS = (
     {"building"},
     {"engine"},
     {"commands"},
-    {"progress"},
+    {"progress", "merge_options"},
     {"cli"},
     {"__main__"},
 )

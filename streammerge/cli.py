@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,14 +19,13 @@ from streammerge.errors import (
     StorageError,
     StreammergeError,
 )
+from streammerge.merge_options import recipe_options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.planning import Plan
     from streammerge.recipe import Recipe
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 INTERRUPTED = 75
 BUG = 70
@@ -54,75 +53,8 @@ def cli() -> None:
     """
 
 
-def _recipe_options(command: _F) -> _F:
-    """What `merge` and `plan` share."""
-    options = [
-        click.argument("config", required=False, type=click.Path()),
-        click.option("--base", metavar="DIR", help="The base model, instead of a CONFIG."),
-        click.option(
-            "--adapter",
-            "adapters",
-            multiple=True,
-            metavar="DIR[=WEIGHT]",
-            help="A LoRA adapter of the base; may be given several times.",
-        ),
-        click.option(
-            "--model",
-            "models",
-            multiple=True,
-            metavar="DIR[=WEIGHT]",
-            help="A full model to merge; may be given several times.",
-        ),
-        click.option("--method", metavar="NAME", help="See `streammerge methods`."),
-        click.option("--dtype", "out_dtype", metavar="NAME", help="Of the output: bfloat16, ..."),
-        click.option("--out", metavar="DIR", help="Where the merged model goes."),
-        click.option(
-            "--cache",
-            metavar="DIR",
-            envvar="STREAMMERGE_CACHE",
-            help="Where rows are spilled to; default: beside the output.",
-        ),
-        click.option(
-            "--spill",
-            type=click.Choice(["auto", "always", "never"]),
-            default="auto",
-            show_default=True,
-            help="Whether rows that are wanted again are kept on disk; auto: where it pays.",
-        ),
-        click.option("--keep-cache", is_flag=True, help="Leave there what was spilled."),
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            help="The most memory to use, e.g. 512MiB or 2GiB. Default: half of what is free.",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu"]),
-            default="auto",
-            show_default=True,
-            help="Where to compute.",
-        ),
-        click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs."),
-        click.option(
-            "--io",
-            type=click.Choice(["auto", "mmap", "read"]),
-            default="auto",
-            show_default=True,
-            help="How inputs are read; auto maps local files and reads network ones.",
-        ),
-        click.option(
-            "--shard-size", metavar="SIZE", help="Largest output file; default: as the base."
-        ),
-        click.option("--seed", type=int, help="For methods that draw random numbers."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command()
-@_recipe_options
+@recipe_options
 @click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
 @click.option(
     "--nan",
@@ -177,7 +109,7 @@ def merge(
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 def plan(config: str | None, as_json: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
     recipe = _recipe(config, options)
