@@ -40,7 +40,7 @@ FLOORS = (
     {"building"},
     {"engine"},
     {"commands"},
-    {"progress", "signals"},
+    {"progress", "signals", "merge_options"},
     {"cli"},
     {"__main__"},
 )

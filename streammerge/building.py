@@ -69,8 +69,11 @@ def _fill(
         if earlier.nbytes:
             size = format_size(earlier.nbytes)
             manner.emit(events.Note(f"going on with {size} that an earlier run has written"))
-        _Loop(plan, state, sink, journal, changes, earlier, manner).run()
+        with plan.spilling(state.path, state.out, identity.fingerprint):
+            _Loop(plan, state, sink, journal, changes, earlier, manner).run()
         sink.commit()
+    if lost := plan.store.lost_chunks:
+        manner.emit(events.Warned(f"{lost} spilled tiles were removed by others and made again"))
     write_companions(plan, state.output, identity, sink, changes)
     journal.append([{"built": built_files(state.output)}])
     journal.sync()

@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,12 +21,13 @@ from streammerge.errors import (
     StorageError,
     StreammergeError,
 )
+from streammerge.merge_options import recipe_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from streammerge.planning import Plan
     from streammerge.recipe import Recipe
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 BUG = 70
 
@@ -53,67 +54,8 @@ def cli() -> None:
     """
 
 
-def _recipe_options(command: _F) -> _F:
-    """What `merge` and `plan` share."""
-    options = [
-        click.argument("config", required=False, type=click.Path()),
-        click.option("--base", metavar="DIR", help="The base model, instead of a CONFIG."),
-        click.option(
-            "--adapter",
-            "adapters",
-            multiple=True,
-            metavar="DIR[=WEIGHT]",
-            help="A LoRA adapter of the base; may be given several times.",
-        ),
-        click.option(
-            "--model",
-            "models",
-            multiple=True,
-            metavar="DIR[=WEIGHT]",
-            help="A full model to merge; may be given several times.",
-        ),
-        click.option("--method", metavar="NAME", help="See `streammerge methods`."),
-        click.option("--dtype", "out_dtype", metavar="NAME", help="Of the output: bfloat16, ..."),
-        click.option("--out", metavar="DIR", help="Where the merged model goes."),
-        click.option(
-            "--cache",
-            metavar="DIR",
-            envvar="STREAMMERGE_CACHE",
-            help="Scratch space, for what does not fit in memory. Optional.",
-        ),
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            help="The most memory to use, e.g. 512MiB or 2GiB. Default: half of what is free.",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu"]),
-            default="auto",
-            show_default=True,
-            help="Where to compute.",
-        ),
-        click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs."),
-        click.option(
-            "--io",
-            type=click.Choice(["auto", "mmap", "read"]),
-            default="auto",
-            show_default=True,
-            help="How inputs are read; auto maps local files and reads network ones.",
-        ),
-        click.option(
-            "--shard-size", metavar="SIZE", help="Largest output file; default: as the base."
-        ),
-        click.option("--seed", type=int, help="For methods that draw random numbers."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command()
-@_recipe_options
+@recipe_options
 @click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
 @click.option(
     "--nan",
@@ -163,7 +105,7 @@ def merge(
             if not config:
                 emit(progress.as_file(recipe))
             out = engine.output_folder(recipe, config or recipe, options["out"])
-            made = _plan(recipe, options, emit)
+            made = _plan(recipe, options, emit, out)
             emit(progress.planned(made))
             manner = Manner(force, strict_bytes, nan == "keep", signals.stopped, emit)
             report = engine.run(made, out, manner)
@@ -171,7 +113,7 @@ def merge(
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 def plan(config: str | None, as_json: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
     recipe = _recipe(config, options)
@@ -182,7 +124,7 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
     with progress.reporter(quiet=as_json, log_format="text") as emit:
         if not config:
             emit(progress.as_file(recipe))
-        made = _plan(recipe, options, emit)
+        made = _plan(recipe, options, emit, options["out"])
         if config or options["out"]:  # else it is not known where the output would go
             check_room_for(made, output_folder(recipe, config or recipe, options["out"]))
     _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
@@ -314,11 +256,12 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     return replace(recipe, **changes) if changes else recipe
 
 
-def _plan(recipe: Recipe, options: dict[str, Any], emit: Any) -> Plan:
+def _plan(recipe: Recipe, options: dict[str, Any], emit: Any, out: Path | None) -> Plan:
     from streammerge import engine
 
-    memory, threads, io = options["memory"], options["threads"], options["io"]
-    return engine.plan(recipe, memory=memory, threads=threads, io=io, emit=emit)
+    names = ("memory", "threads", "io", "spill", "cache", "keep_cache")
+    chosen = {name: options[name] for name in names}
+    return engine.plan(recipe, out=out, emit=emit, **chosen)
 
 
 def _prepare(cache: str | None) -> None:

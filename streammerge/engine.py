@@ -13,12 +13,13 @@ from threadpoolctl import threadpool_limits
 
 from streammerge import events, kernels, system
 from streammerge.building import build
-from streammerge.errors import OutputRefused, Problems
+from streammerge.errors import ConfigError, OutputRefused, Problems
 from streammerge.manner import Manner
 from streammerge.memory import default_budget
 from streammerge.methods import CATALOGUE
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
+from streammerge.planning.spill import Mode, SpillOptions
 from streammerge.publication import (
     check_room_for,
     compare_buffers,
@@ -44,6 +45,10 @@ def plan(
     memory: str | int | None = None,
     threads: int | None = None,
     io: Io = "auto",
+    spill: Mode = "auto",
+    cache: str | Path | None = None,
+    keep_cache: bool = False,
+    out: str | Path | None = None,
     methods: Mapping[str, MethodSpec] = CATALOGUE,
     emit: events.Emit = events.ignore,
 ) -> Plan:
@@ -51,8 +56,9 @@ def plan(
 
     `config` is the path of a recipe, or a recipe. `memory` bounds the peak resident memory of
     the process, as bytes or as text such as `2GiB`; without it, half of what is free. `threads`
-    defaults to the CPUs that the process may use. Raises StreammergeError, `Refused` for several
-    problems at once.
+    defaults to the CPUs that the process may use. `spill` says whether rows that are wanted again
+    are kept on disk: in the folder `cache`, else beside the output `out`, and there for good with
+    `keep_cache`. Raises StreammergeError, `Refused` for several problems at once.
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else read_recipe(Path(config), methods, problems)
@@ -66,6 +72,7 @@ def plan(
             budget_bytes=budget or default_budget(),
             threads=threads or system.usable_cpus(),
             io=io,
+            spill=_spill_options(recipe, config, out, spill, cache, keep=keep_cache),
         )
     problems.raise_any()
     assert made is not None  # else there was a problem
@@ -79,6 +86,9 @@ def merge(
     memory: str | int | None = None,
     threads: int | None = None,
     io: Io = "auto",
+    spill: Mode = "auto",
+    cache: str | Path | None = None,
+    keep_cache: bool = False,
     force: bool = False,
     strict_bytes: bool = False,
     nan: Literal["error", "keep"] = "error",
@@ -93,7 +103,18 @@ def merge(
     an error. The other arguments are those of `plan`; raises StreammergeError, and then the output
     is absent, or as it was, and the same call goes on from what is done.
     """
-    made = plan(config, memory=memory, threads=threads, io=io, methods=methods, emit=emit)
+    made = plan(
+        config,
+        memory=memory,
+        threads=threads,
+        io=io,
+        spill=spill,
+        cache=cache,
+        keep_cache=keep_cache,
+        out=out,
+        methods=methods,
+        emit=emit,
+    )
     manner = Manner(force, strict_bytes, keep_nan=nan == "keep", emit=emit)
     return run(made, output_folder(made.recipe, config, out), manner)
 
@@ -107,6 +128,27 @@ def output_folder(recipe: Recipe, config: str | Path | Recipe, out: str | Path |
     if isinstance(config, Recipe):
         raise OutputRefused("no output is named", remedy="say where it goes with --out")
     return Path(Path(config).stem)
+
+
+def _spill_options(
+    recipe: Recipe,
+    config: str | Path | Recipe,
+    out: str | Path | None,
+    mode: Mode,
+    cache: str | Path | None,
+    *,
+    keep: bool,
+) -> SpillOptions:
+    """Without a cache, what is spilled goes beside the output; a mere plan may know of none."""
+    if keep and cache is None:
+        raise ConfigError(
+            "what is spilled beside the output goes when the output is there",
+            found="keep_cache without a cache",
+            remedy="name a --cache for what --keep-cache is to keep",
+        )
+    named = out is not None or recipe.output is not None or not isinstance(config, Recipe)
+    beside = output_folder(recipe, config, out).absolute().parent if named else Path()
+    return SpillOptions(mode, None if cache is None else Path(cache).expanduser(), beside, keep)
 
 
 def warm_up(emit: events.Emit = events.ignore) -> None:
@@ -148,6 +190,7 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
         written_bytes=0 if already else plan.output_bytes(),
         copied_bytes=0 if already else plan.demand.copied_bytes,
         resumed_bytes=resumed,
+        spilled_bytes=plan.store.written_bytes,
         seconds=time.monotonic() - started,
         peak_bytes=system.peak_resident_bytes(),
         projected_bytes=plan.flight.projected_bytes,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from streammerge.events import Emit, Event, Note, Progress, Warned, ignore
 from streammerge.planning import Plan
+from streammerge.planning.spill import SpillTotal
 from streammerge.recipe import Recipe, to_yaml
 from streammerge.report import Report
 from streammerge.sizes import format_size
@@ -67,7 +68,7 @@ def describe_plan(plan: Plan) -> str:
         f"read      {format_size(demand.read_bytes)}",
         f"write     {format_size(demand.write_bytes)} in {_files(len(plan.layouts))}, of which "
         f"{format_size(demand.copied_bytes)} copied inside the kernel",
-        "spill     none: no cache is needed",
+        *(f"spill     {line}" for line in _spill(plan)),
         f"memory    {format_size(flight.projected_bytes)} projected peak, of "
         f"{format_size(plan.budget_bytes)} allowed",
         f"threads   {flight.threads}",
@@ -91,10 +92,14 @@ def describe_report(report: Report) -> str:
         lines.append(
             f"{report.tensors} tensors in {_duration(report.seconds)}: read "
             f"{format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} "
-            f"({format_size(report.copied_bytes)} copied unchanged), peak memory "
+            f"({format_size(report.copied_bytes)} copied unchanged){_spilled(report)}, peak memory "
             f"{format_size(report.peak_bytes)}"
         )
     return "\n".join([*lines, f"output: {report.out}", f"load:   {load}"])
+
+
+def _spilled(report: Report) -> str:
+    return f", spilled {format_size(report.spilled_bytes)}" if report.spilled_bytes else ""
 
 
 def _models(plan: Plan) -> Iterator[str]:
@@ -118,6 +123,31 @@ def _passes(plan: Plan) -> Iterator[str]:
 
 def _purpose(statistic: str) -> str:
     return "its sources" if statistic.startswith("source ") else statistic
+
+
+def _spill(plan: Plan) -> Iterator[str]:
+    """What is kept on disk between reads, model by model, and why."""
+    totals = plan.demand.spill
+    if not totals.spilled and not totals.again:
+        yield "none: every row is made once"
+        return
+    if totals.spilled:
+        yield (
+            f"{format_size(totals.nbytes)} in all, {format_size(plan.spilled_at_once)} at once, "
+            f"to {plan.chooser.place}"
+        )
+    for model, total in totals.spilled.items():
+        yield f"{plan.recipe.entries[model].name}: {_why(total)}"
+    for model, total in totals.again.items():
+        yield f"{plan.recipe.entries[model].name}: none, rows are made again; {_why(total)}"
+
+
+def _why(total: SpillTotal) -> str:
+    """What either way costs, in seconds of one thread."""
+    return (
+        f"{format_size(total.nbytes)} of {total.tensors} tensors, kept "
+        f"{_duration(total.seconds_kept)}, made again {_duration(total.seconds_again)}"
+    )
 
 
 def _times(reads: int) -> str:

@@ -100,6 +100,7 @@ class Report:
     written_bytes: int
     copied_bytes: int
     resumed_bytes: int  # of those written, by an earlier run that was stopped
+    spilled_bytes: int
     seconds: float
     peak_bytes: int
     projected_bytes: int

@@ -193,6 +193,12 @@ def on_network_file_system(path: str) -> bool:
     return kind in _NETWORK_FILE_SYSTEMS
 
 
+def free_bytes(folder: str) -> int:
+    """How much this user may still write to the file system of a folder."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Read into the buffer, without a copy where the system can; returns how much, 0 at the end."""
     if hasattr(os, "preadv"):

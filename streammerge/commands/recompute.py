@@ -62,7 +62,7 @@ def recompute(
 
 def _plan(out: Path, config: Path | None, memory: str | None) -> Plan:
     try:
-        return engine.plan(config or out / RECIPE, memory=memory)
+        return engine.plan(config or out / RECIPE, memory=memory, spill="never")
     except StreammergeError as error:
         if config is not None or error.exit_code != InputMissing.exit_code:
             raise

@@ -21,6 +21,8 @@ MIB = 1 << 20
 _FIXED_BYTES = 8 * MIB
 # Processes start with a MiB more or less; the least budget that is named must do for the next one.
 _START_SPREAD = 4 * MIB
+# What zarr takes: 7 MiB for the metadata of a group and its arrays, and some more of them.
+_SPILL_BYTES = 10 * MIB
 # A thread's stack, and the page-cache folios at both ends of the range that it has mapped.
 _THREAD_BYTES = MIB + 2 * system.LARGEST_FOLIO
 
@@ -57,6 +59,7 @@ def project(demand: Demand, start: Start, threads: int, window: int, state_bytes
         + held
         + flight.parts_ahead * demand.part_bytes
         + _FIXED_BYTES
+        + (_SPILL_BYTES if demand.spill.nbytes else 0)
     )
     peak = max(start.peak_bytes, start.resident_bytes + needed)
     return Flight(threads, window, state_bytes, peak)

@@ -8,6 +8,7 @@ from heapq import nlargest
 
 from streammerge import grid
 from streammerge.planning.jobs import CopyJob, Job, MergeJob
+from streammerge.planning.spill import SpillTotals
 from streammerge.sources.prepared import Prepared
 from streammerge.words import Merged, StatisticValue, Tile
 
@@ -59,6 +60,8 @@ class Demand:
     held: list[Held] = field(default_factory=list)  # of the jobs that hold most
     part_bytes: int = 0  # of one measured part
     passes: dict[Passes, Group] = field(default_factory=dict)
+    spill: SpillTotals = field(default_factory=SpillTotals)
+    spilled_at_once: list[int] = field(default_factory=list)  # bytes, of the jobs that spill most
 
     @property
     def reads(self) -> dict[int, int]:
@@ -96,6 +99,9 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
     measured = merged.spec.numel * job.target.spec.dtype.itemsize
     demand.progress_bytes += job.target.spec.nbytes + len(waves) * measured
     demand.most_reads = max(demand.most_reads, reads)
+    demand.spill.add(job.choices)
+    spilled = sum(choice.nbytes for choice in job.choices if choice.spilled)
+    demand.spilled_at_once = nlargest(MOST_JOBS, [*demand.spilled_at_once, spilled])
     tiles = [grid.largest_tile(merged.spec)]
     if waves:
         samples = _samples(merged)
@@ -129,6 +135,11 @@ def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:
     return beyond.resident_bytes
 
 
+def spilled_at_once(demand: Demand, window: int, *, keep: bool) -> int:
+    """Bytes on disk, of the tensors in flight, or of all where they are kept."""
+    return demand.spill.nbytes if keep else sum(nlargest(window, demand.spilled_at_once))
+
+
 def _samples(merged: Merged) -> dict[Tile, list[str]]:
     """The thinned tiles that the first folds of the method want to see, and which folds."""
     merged = merged.merged if isinstance(merged, Prepared) else merged
@@ -149,4 +160,4 @@ def predict_seconds(demand: Demand, models: int, rank: int, threads: int) -> flo
     per_element = 3.5 + 0.035 * rank + (1.6 * models if demand.most_reads > 1 else 0.0)
     compute = demand.tile_reads * per_element * 1e-9 / threads
     disk = demand.write_bytes / 1.5e9 + demand.read_bytes / 5e9
-    return 1.3 + compute + disk
+    return max(1.3, 1.3 + compute + disk - demand.spill.seconds_spared / threads)

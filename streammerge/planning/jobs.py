@@ -12,6 +12,8 @@ from streammerge import grid
 from streammerge.arrays import PerModel, Rows
 from streammerge.memory import Scratch
 from streammerge.planning.inputs import Inputs, Model
+from streammerge.planning.spill import Choice, Chooser
+from streammerge.planning.spilling import Spilling
 from streammerge.recipe import Recipe
 from streammerge.sources.adapted import Adapted, Change
 from streammerge.sources.applied import Applied
@@ -25,6 +27,7 @@ from streammerge.sources.scaled import Scaled
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.shard import ShardLayout
+from streammerge.storage.spill import SpillStore
 from streammerge.words import (
     Addition,
     Dora,
@@ -52,12 +55,14 @@ class CopyJob:
 class MergeJob:
     """A tensor that is computed. `models` are the positions in the recipe of those that take part,
     in the order in which the merge reports their norms. `beyond` gives the rows that the base
-    lacks, where the target has more of them than `merged`."""
+    lacks, where the target has more of them than `merged`. `choices` are of those whose rows are
+    wanted more than once."""
 
     merged: Merged
     target: Extent
     models: tuple[int, ...]
     beyond: Merged | None = None
+    choices: tuple[Choice, ...] = ()
 
     def tiles(self) -> list[Tile]:
         """All tiles of the target in file order; none holds rows of both kinds."""
@@ -87,12 +92,15 @@ Job = CopyJob | MergeJob
 
 
 class Composer:
-    """Puts sources together for one tensor at a time."""
+    """Puts sources together for one tensor at a time; see `Chooser` for what is spilled."""
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, files: Files) -> None:
+    def __init__(
+        self, recipe: Recipe, inputs: Inputs, files: Files, chooser: Chooser, store: SpillStore
+    ) -> None:
         self._method = recipe.method
         self._inputs = inputs
         self._files = files
+        self._spilling = Spilling(recipe.method, inputs, chooser, store)
         self._shared = recipe.shared
         self._seed = recipe.seed
         self._per_model = {
@@ -125,16 +133,17 @@ class Composer:
             part = tuple(i for i in part if sources[i] is not base)
             if base is not None and not part:
                 return self._unchanged(base, target)
-        chosen = [sources[i] for i in part]
         knobs = Knobs(self._per_model, self._shared, len(sources), part, self._seed)
+        chosen, choices = self._spilling.apply(knobs, base, [sources[i] for i in part])
         if self._method.returns == "rows":
-            return _merge_job(Applied(self._method, knobs, base, chosen), chosen, target, part)
+            applied = Applied(self._method, knobs, base, chosen)
+            return _merge_job(applied, chosen, target, part, choices)
         merged = Combined(self._files, self._method, knobs, base, chosen)
         found = None if merged.waves() else merged.coefficients({})
         factors = [found.models[i] for i in part] if found else []
         numbers = [factor for factor in factors if isinstance(factor, float)]
         if found is None or found.base != 1.0 or len(numbers) < len(part):
-            return _merge_job(merged, chosen, target, part)
+            return _merge_job(merged, chosen, target, part, choices)
         return self._weighted(base, chosen, numbers, part, target)
 
     def _larger(self, name: str, known: Job, target: Extent) -> Job:
@@ -248,9 +257,13 @@ class Composer:
 
 
 def _merge_job(
-    merged: Merged, models: Sequence[Source], target: Extent, part: tuple[int, ...]
+    merged: Merged,
+    models: Sequence[Source],
+    target: Extent,
+    part: tuple[int, ...],
+    choices: tuple[Choice, ...] = (),
 ) -> MergeJob:
     """What the models must be given first is measured before everything else."""
     if any(model.own_statistics for model in models):
         merged = Prepared(merged, models)
-    return MergeJob(merged, target, part)
+    return MergeJob(merged, target, part, choices=choices)

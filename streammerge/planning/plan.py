@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from streammerge import system
-from streammerge.errors import Problems
+from streammerge.errors import BudgetError, OutputRefused, Problems
 from streammerge.planning.budget import Flight, Start, fit
 from streammerge.planning.checks import check_models, float64_note, template_notes
-from streammerge.planning.cost import Demand, add_up, predict_seconds
+from streammerge.planning.cost import Demand, add_up, predict_seconds, spilled_at_once
 from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.layout import lay_out_shards
 from streammerge.planning.outline import Outline
+from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
 from streammerge.planning.ties import settle_tie
 from streammerge.planning.vocabulary import settle_vocabulary
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
 from streammerge.storage.folder import INDEX
 from streammerge.storage.shard import ShardLayout
+from streammerge.storage.spill import SpillStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,11 @@ class Plan:
     outline: Outline
     layouts: tuple[ShardLayout, ...]
     files: Files
+    chooser: Chooser
+    store: SpillStore
     demand: Demand
     flight: Flight
+    spilled_at_once: int  # bytes on disk
     budget_bytes: int
     seconds: float
     notes: tuple[str, ...]
@@ -41,7 +48,16 @@ class Plan:
 
     def jobs(self) -> Iterator[Job]:
         """Composed one by one, in the order of the output's files."""
-        return Composer(self.recipe, self.inputs, self.files).jobs(self.layouts)
+        composer = Composer(self.recipe, self.inputs, self.files, self.chooser, self.store)
+        return composer.jobs(self.layouts)
+
+    def spilling(
+        self, beside: Path, output: Path, fingerprint: str
+    ) -> AbstractContextManager[None]:
+        """What is spilled while the merge runs, in the cache or in `beside`; see `SpillStore`."""
+        if not self.demand.spill.nbytes:
+            return nullcontext()
+        return self.store.opened(beside, output, fingerprint)
 
     def output_bytes(self) -> int:
         return sum(layout.size_bytes for layout in self.layouts)
@@ -78,7 +94,13 @@ class Plan:
             "read_bytes": self.demand.read_bytes,
             "write_bytes": self.demand.write_bytes,
             "copied_bytes": self.demand.copied_bytes,
-            "spilled_bytes": 0,
+            "spilled_bytes": self.demand.spill.nbytes,
+            "spilled_at_once_bytes": self.spilled_at_once,
+            "spill": [
+                self._spill(model, total, spilled=totals is self.demand.spill.spilled)
+                for totals in (self.demand.spill.spilled, self.demand.spill.again)
+                for model, total in totals.items()
+            ],
             "shards": len(self.layouts),
             "budget_bytes": self.budget_bytes,
             "projected_peak_bytes": self.flight.projected_bytes,
@@ -88,9 +110,25 @@ class Plan:
             "warnings": list(self.warnings),
         }
 
+    def _spill(self, model: int, total: SpillTotal, *, spilled: bool) -> dict[str, Any]:
+        return {
+            "name": self.recipe.entries[model].name,
+            "spilled": spilled,
+            "tensors": total.tensors,
+            "bytes": total.nbytes,
+            "seconds_made_again": round(total.seconds_again, 3),
+            "seconds_kept": round(total.seconds_kept, 3),
+        }
+
 
 def make_plan(
-    recipe: Recipe, problems: Problems, *, budget_bytes: int, threads: int, io: Io
+    recipe: Recipe,
+    problems: Problems,
+    *,
+    budget_bytes: int,
+    threads: int,
+    io: Io,
+    spill: SpillOptions,
 ) -> Plan | None:
     """Open the inputs' headers, check them, and decide; None when there are problems.
 
@@ -115,9 +153,20 @@ def make_plan(
             warnings += [f"{model.name}: {line}" for line in model.adapter.warnings]
     files = Files(inputs.stamps(), io)
     layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
-    demand = add_up(Composer(recipe, inputs, files).jobs(layouts))
-    start = Start(system.resident_bytes(), system.peak_resident_bytes())
-    flight = fit(demand, start, budget_bytes, threads)
+    store = SpillStore(spill.cache, keep=spill.keep)
+    size = sum(layout.size_bytes for layout in layouts)
+
+    def fitted(options: SpillOptions) -> _Fitted:
+        chooser = Chooser(options, threads)
+        demand = add_up(Composer(recipe, inputs, files, chooser, store).jobs(layouts))
+        start = Start(system.resident_bytes(), system.peak_resident_bytes())
+        flight = fit(demand, start, budget_bytes, threads)
+        if demand.spill.nbytes:
+            at_once = spilled_at_once(demand, flight.window, keep=options.keep)
+            options.check_room(at_once, size)
+        return chooser, demand, flight
+
+    chooser, demand, flight, spill_notes = _with_spill(fitted, spill)
     seconds = predict_seconds(demand, len(inputs.models), _ranks(inputs), flight.threads)
     return Plan(
         recipe=recipe,
@@ -125,13 +174,32 @@ def make_plan(
         outline=outline,
         layouts=layouts,
         files=files,
+        chooser=chooser,
+        store=store,
         demand=demand,
         flight=flight,
+        spilled_at_once=spilled_at_once(demand, flight.window, keep=spill.keep),
         budget_bytes=budget_bytes,
         seconds=seconds,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=(*dict.fromkeys(notes), *spill_notes),
         warnings=tuple(warnings),
     )
+
+
+_Fitted = tuple[Chooser, Demand, Flight]
+
+
+def _with_spill(
+    fitted: Callable[[SpillOptions], _Fitted], options: SpillOptions
+) -> tuple[Chooser, Demand, Flight, list[str]]:
+    """As the options say; under `auto` nothing is spilled where memory or disk are too small."""
+    try:
+        return *fitted(options), []
+    except (BudgetError, OutputRefused) as problem:
+        if options.mode != "auto":
+            raise
+        found = fitted(replace(options, mode="never"))
+        return *found, [f"nothing is spilled: {problem.what}"]
 
 
 def _ranks(inputs: Inputs) -> int:

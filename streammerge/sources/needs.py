@@ -69,6 +69,10 @@ class Needs:
         some = (self._statistics[name].measured(self._knobs) for name in names)
         return sorted({model for models in some for model in models})
 
+    def reads(self, model: int) -> int:
+        """How often the rows of a model of the stack are wanted, by the merge and before it."""
+        return 1 + sum(model in self.measured(wave) for wave in self.waves())
+
     def reads_base(self, names: Iterable[str]) -> bool:
         """Whether some statistics look at the base's rows."""
         return any(self._statistics[name].reads_base(self._knobs) for name in names)

@@ -176,8 +176,12 @@ def together(
     files: Files, base: Source | None, models: Sequence[Source], *, rows: bool
 ) -> Together:
     """The models of a tensor; `rows` says whether more than inner products is looked at."""
-    if base is None or rows:
+    if base is None or rows or not low_rank(base, models):
         return ByRows(base, models)
+    return ByFactors(files, base, models)
+
+
+def low_rank(base: Source | None, models: Sequence[Source]) -> bool:
+    """Whether all models are the base plus products, so that none of their rows need be made."""
     terms = [model.terms() for model in models]
-    low_rank = all(one.rows is base and one.factors for one in terms)
-    return ByFactors(files, base, models) if low_rank else ByRows(base, models)
+    return all(one.rows is base and one.factors for one in terms)

@@ -13,60 +13,15 @@ import json
 import os
 import shutil
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from streammerge.errors import OutputRefused
+from streammerge.storage.owner import Owner
 
 _LOCK = "lock"
 _OWNER = "owner"
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """A process, told apart from any other that ever had its number."""
-
-    host: str
-    boot: str
-    pid: int
-    started: str  # clock ticks since boot
-
-    @staticmethod
-    def this() -> Owner:
-        boot = _read("/proc/sys/kernel/random/boot_id")
-        return Owner(socket.gethostname(), boot, os.getpid(), _started(os.getpid()))
-
-    @staticmethod
-    def read(path: Path) -> Owner | None:
-        """Whom a file names; None where that cannot be read, as while it is being written."""
-        try:
-            return Owner(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def is_dead(self) -> bool:
-        """Whether it cannot be running any more. Of another machine nobody can tell."""
-        here = Owner.this()
-        if self.host != here.host:
-            return False
-        return self.boot != here.boot or _started(self.pid) != self.started
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""  # no such process, or no /proc
-
-
-def _started(pid: int) -> str:
-    """When a process started; empty when there is none of that number."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
 
 
 class Lock:

@@ -64,12 +64,12 @@ class RunDirectory:
 
     def __init__(self, out: Path, path: Path | None = None) -> None:
         """Create it, or take over what another run left there."""
-        self._out = out.absolute()
-        self.path = path or state_folder(out)
+        self.out = out.absolute()
+        self.path = path or state_folder(self.out)
         self.output = self.path / _OUTPUT  # where the output is built
         self.journal = self.path / JOURNAL
         self._replaced = self.path / "replaced"  # where one waits while another takes its name
-        self._inside = self.path.parent == self._out
+        self._inside = self.path.parent == self.out
         self._published = False
         try:
             self._lock = Lock(self.path)
@@ -94,8 +94,8 @@ class RunDirectory:
 
     def _restore(self) -> None:
         """An output that was being replaced comes back, unless its successor is in place."""
-        if self._replaced.exists() and not self._out.exists():
-            os.rename(self._replaced, self._out)
+        if self._replaced.exists() and not self.out.exists():
+            os.rename(self._replaced, self.out)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
 
@@ -105,7 +105,7 @@ class RunDirectory:
         self.journal.unlink(missing_ok=True)
         shutil.rmtree(self.output)
         for name in published if self._inside else ():
-            path = self._out / name
+            path = self.out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.output.mkdir()
         self.keep = False
@@ -125,29 +125,29 @@ class RunDirectory:
         except OSError as error:
             raise StorageError(
                 f"the finished output cannot take its name: {error.strerror}",
-                where=str(self._out),
+                where=str(self.out),
                 remedy="make sure that its folder can be written to, then run the command again",
             ) from error
         self._published = True
 
     def _rename(self) -> None:
-        if self._out.exists() and any(self._out.iterdir()):
-            os.rename(self._out, self._replaced)
-        os.rename(self.output, self._out)  # an empty folder of that name gives way
-        system.sync_folder(self._out.parent)
+        if self.out.exists() and any(self.out.iterdir()):
+            os.rename(self.out, self._replaced)
+        os.rename(self.output, self.out)  # an empty folder of that name gives way
+        system.sync_folder(self.out.parent)
 
     def _move_in(self, last: str) -> None:
         names = sorted(os.listdir(self.output), key=lambda name: (name == last, name))
-        taken = [name for name in names if os.path.lexists(self._out / name)]
+        taken = [name for name in names if os.path.lexists(self.out / name)]
         if taken:
             what, remedy = "others have put files into the output folder", "move them elsewhere"
             found = ", ".join(taken)
-            raise OutputRefused(what, where=str(self._out), found=found, remedy=remedy)
+            raise OutputRefused(what, where=str(self.out), found=found, remedy=remedy)
         for name in names:
             if name == last:
-                system.sync_folder(self._out)
-            os.rename(self.output / name, self._out / name)
-        system.sync_folder(self._out)
+                system.sync_folder(self.out)
+            os.rename(self.output / name, self.out / name)
+        system.sync_folder(self.out)
 
     def __enter__(self) -> RunDirectory:
         return self

@@ -1,0 +1,77 @@
+"""The options that `merge` and `plan` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def recipe_options(command: _F) -> _F:
+    """Give a command the recipe, and how it is to be merged."""
+    options = [
+        click.argument("config", required=False, type=click.Path()),
+        click.option("--base", metavar="DIR", help="The base model, instead of a CONFIG."),
+        click.option(
+            "--adapter",
+            "adapters",
+            multiple=True,
+            metavar="DIR[=WEIGHT]",
+            help="A LoRA adapter of the base; may be given several times.",
+        ),
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            metavar="DIR[=WEIGHT]",
+            help="A full model to merge; may be given several times.",
+        ),
+        click.option("--method", metavar="NAME", help="See `streammerge methods`."),
+        click.option("--dtype", "out_dtype", metavar="NAME", help="Of the output: bfloat16, ..."),
+        click.option("--out", metavar="DIR", help="Where the merged model goes."),
+        click.option(
+            "--cache",
+            metavar="DIR",
+            envvar="STREAMMERGE_CACHE",
+            help="Where rows are spilled to; default: beside the output.",
+        ),
+        click.option(
+            "--spill",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            show_default=True,
+            help="Whether rows that are wanted again are kept on disk; auto: where it pays.",
+        ),
+        click.option("--keep-cache", is_flag=True, help="Leave there what was spilled."),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="The most memory to use, e.g. 512MiB or 2GiB. Default: half of what is free.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu"]),
+            default="auto",
+            show_default=True,
+            help="Where to compute.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs."),
+        click.option(
+            "--io",
+            type=click.Choice(["auto", "mmap", "read"]),
+            default="auto",
+            show_default=True,
+            help="How inputs are read; auto maps local files and reads network ones.",
+        ),
+        click.option(
+            "--shard-size", metavar="SIZE", help="Largest output file; default: as the base."
+        ),
+        click.option("--seed", type=int, help="For methods that draw random numbers."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
