@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from other_models import make_resnet, make_wav2vec2
+from other_models import make_convnext, make_resnet, make_wav2vec2
 from peft_models import VOCABULARY, make_gpt2, make_llama, make_qwen2
 
 # What PEFT is told of a model: trained in full, next to a LoRA that keeps it company.
@@ -96,6 +96,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "Qwen2-VL, tied": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
     "ResNet": make_resnet,
+    "ConvNeXt": make_convnext,
     "wav2vec 2.0": make_wav2vec2,
 }
 
@@ -159,6 +160,50 @@ KINDS = (
     Case("lora_bias", "GPT-2", {"target_modules": ["c_attn"], "lora_bias": True}),
     Case("AdaLoRA", "Llama", {"target_modules": ATTENTION, **_ADALORA}),
     Case("AdaLoRA", "GPT-2, untied", {"target_modules": ["c_attn"], **_ADALORA}),
+)
+
+# What no merge can hold, or what a recipe must say more about.
+NOT_MERGED = (
+    *(
+        Case(
+            f"init_lora_weights: {init}",
+            "Llama",
+            {"target_modules": ATTENTION, "init_lora_weights": init},
+            refused="assume_residual_base: true",
+            remark="unless the recipe says that the base is the residual one",
+        )
+        for init in ("pissa", "olora")
+    ),
+    Case(
+        "layer replication",
+        "Llama",
+        {"target_modules": ATTENTION, "layer_replication": [(0, 2), (0, 2)]},
+        refused="layer replication",
+    ),
+    Case(
+        "activated LoRA",
+        "Llama",
+        {
+            "target_modules": ATTENTION,
+            "alora_invocation_tokens": [1, 2],
+            "task_type": "CAUSAL_LM",
+        },
+        refused="aLoRA",
+    ),
+    Case(
+        "lora_bias",
+        "Llama",
+        {"target_modules": ATTENTION, "lora_bias": True},
+        refused="layers of the base that have none",
+        remark="where the base has no bias",
+    ),
+    Case(
+        "LoRA on a convolution",
+        "ConvNeXt",
+        {"target_modules": ["dwconv"], "r": 8},
+        refused="a convolution with groups",
+        remark="with groups",
+    ),
 )
 
 REPLACING = (
@@ -345,4 +390,4 @@ LARGER = (
     ),
 )
 
-CASES = (*KINDS, *REPLACING, *TIED, *BERT, *LARGER)
+CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TIED, *BERT, *LARGER)
