@@ -146,6 +146,8 @@ def _groups(pair: Pair, weight: TensorSpec) -> int:
 def matches(pair: Pair, weight: TensorSpec) -> bool:
     """Whether the update has the shape of the stored weight, or of its transpose."""
     shape = pair.update_shape
+    if len(weight.shape) > 2 and weight.rows != weight.shape[0]:
+        return False  # seen as a stack of experts, each with rows of its own
     if pair.svd and len(weight.shape) > 2:  # AdaLoRA stores a convolution's kernel flat
         return shape == (weight.shape[0], weight.numel // weight.shape[0])
     return weight.shape == shape or (pair.has_orientation and weight.shape == shape[::-1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from adapter_files import base_of, lora
+from collections.abc import Mapping
+from typing import Any
 
-from streammerge.adapters.config import LoraConfig, Patterns
+import pytest
+from adapter_files import PREFIX, base_of, lora
+
+from streammerge.adapters.config import AdaLora, LoraConfig, Patterns
 from streammerge.adapters.faults import Findings
 from streammerge.adapters.keys import Pair, sort_tensors
 from streammerge.adapters.lora import Orientation, fits, low_rank
@@ -99,6 +102,55 @@ def test_another_shape_is_refused_with_both_shapes(stored: Shape) -> None:
     good, problems = judge(pair_of("q", 6, 4), weight(stored))
     assert not good
     assert f"q: update [6, 4], base {list(stored)}" in problems
+
+
+CONVOLUTION = {"c.lora_A.weight": (2, 4, 3), "c.lora_B.weight": (6, 2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "says"),
+    [
+        ("c.weight", (6, 4, 3), ""),
+        ("c.weight", (6, 4, 5), "update [6, 4, 3], base [6, 4, 5]"),
+        ("c.weight", (4, 6, 3), "update [6, 4, 3], base [4, 6, 3]"),
+        ("c.weight", (6, 2, 3), "c: 2 groups, base [6, 2, 3]"),
+        ("c.weight", (6, 12), "update [6, 4, 3], base [6, 12]"),
+        ("mlp.experts.c.weight", (6, 4, 3), "update [6, 4, 3], base [6, 4, 3]"),  # a stack
+    ],
+)
+def test_a_kernel_fits_the_kernel_of_the_base(name: str, stored: Shape, says: str) -> None:
+    (pair,) = sort_tensors(base_of(CONVOLUTION, DType.F32), Findings("")).pairs
+    good, problems = judge(pair, base_of({name: stored})[name])
+    assert good == (not says)
+    assert says in problems
+
+
+@pytest.mark.parametrize(
+    ("beside", "config", "says"),
+    [
+        ({"lora_magnitude_vector": (6,)}, {"use_dora": True}, ""),
+        ({"lora_magnitude_vector": (1, 6)}, {"use_dora": True}, ""),
+        ({"lora_magnitude_vector": (4,)}, {"use_dora": True}, "lora_magnitude_vector [4], not 6"),
+        ({"lora_magnitude_vector": (6,)}, {}, "there in the file, not there in the config"),
+        ({}, {"use_dora": True}, "not there in the file, there in the config"),
+        ({"lora_B.bias": (6,)}, {"lora_bias": True}, ""),
+        ({"lora_B.bias": (6,)}, {}, "there in the file, not there in the config"),
+        ({}, {"lora_bias": True}, "not there in the file, there in the config"),
+        ({"lora_diag": (2,)}, {"kasa": True}, ""),
+        ({"lora_diag": (3,)}, {"kasa": True}, "lora_diag [3], not 2"),
+        ({"lora_diag": (2,)}, {}, "there in the file, not there in the config"),
+        ({}, {"adalora": AdaLora(2)}, "not there in the file, there in the config"),
+    ],
+)
+def test_what_stands_beside_the_factors_is_what_the_config_says(
+    beside: Mapping[str, Shape], config: dict[str, Any], says: str
+) -> None:
+    shapes = lora("q", 6, 4) | {f"{PREFIX}q.{key}": shape for key, shape in beside.items()}
+    (pair,) = sort_tensors(base_of(shapes, DType.F32), Findings("")).pairs
+    findings, problems = Findings("adapter_model.safetensors"), Problems()
+    assert fits(pair, weight((6, 4)), LoraConfig(r=2, **config), findings) == (not says)
+    findings.report(problems)
+    assert says in "\n".join(map(str, problems))
 
 
 def test_a_rank_unlike_the_config_is_refused_with_both() -> None:
