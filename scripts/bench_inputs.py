@@ -190,8 +190,12 @@ def make_adapter(
     seed: int = 0,
     sparse: bool = False,
     targets: Sequence[str] = (),
+    dora: bool = False,
 ) -> None:
-    """A PEFT LoRA folder in float32 on all seven projections, or on some of them."""
+    """A PEFT LoRA folder in float32 on all seven projections, or on some of them.
+
+    With `dora`, lengths of their rows stand beside the factors.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {
         n: s for n, s in projections(config).items() if not targets or n.split(".")[-1] in targets
@@ -202,10 +206,13 @@ def make_adapter(
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             shapes[f"{prefix}.lora_A.weight"] = (rank, cols)
             shapes[f"{prefix}.lora_B.weight"] = (rows, rank)
+            if dora:
+                shapes[f"{prefix}.lora_magnitude_vector"] = (rows,)
     noise = Noise(100 + seed, 0.01)
 
     def fill(name: str, count: int) -> Iterable[NDArray[np.generic]]:
-        return noise.chunks(count)
+        lift = np.float32(name.endswith("magnitude_vector"))  # about the length of a row
+        return (chunk + lift for chunk in noise.chunks(count))
 
     write_safetensors(folder / "adapter_model.safetensors", shapes, "F32", None if sparse else fill)
     written = {
@@ -215,6 +222,7 @@ def make_adapter(
         "r": rank,
         "lora_alpha": 2 * rank,
         "lora_dropout": 0.0,
+        "use_dora": dora,
         "bias": "none",
         "target_modules": sorted(name.split(".")[-1] for name in chosen),
     }
