@@ -266,6 +266,14 @@ TIED = (
         still=True,
     ),
     *_tied(
+        "DoRA on tied weights", "the embedding", _LLAMA, target_modules=["embed_tokens"], **_DORA
+    ),
+    *_tied("DoRA on tied weights", "the embedding", "GPT-2", target_modules=["wte"], **_DORA),
+    *_tied(
+        "DoRA on tied weights", "the head", _LLAMA, "GPT-2", target_modules=["lm_head"], **_DORA
+    ),
+    *_tied("DoRA on tied weights", "both", _LLAMA, target_modules=HEADS, **_DORA),
+    *_tied(
         "modules_to_save of tied weights", "the head", _LLAMA, "GPT-2", modules_to_save=["lm_head"]
     ),
     *_tied(
