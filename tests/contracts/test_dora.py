@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -9,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 
+from streammerge import grid
 from streammerge.adapters.lora import low_rank
 from streammerge.kernels.norms import rescale_columns, rescale_rows
 from streammerge.memory import Scratch
@@ -20,9 +22,10 @@ from streammerge.sources.dora import DoraOfColumns, DoraOfRows
 from streammerge.sources.prepared import Prepared
 from streammerge.sources.stack import Stack
 from streammerge.sources.weighted import WeightedSum
+from streammerge.statistics.saved import restored, saved
 from streammerge.storage.bytesource import Files, Io
 from streammerge.words import Dora, Extent, Knobs, Merged, Source, StatisticValue, Terms, Tile
-from tests.contracts.merged_contract import MergedContract
+from tests.contracts.merged_contract import MergedContract, settle
 from tests.contracts.small_inputs import decode, encode
 from tests.contracts.source_contract import SourceContract, open_files, random_tensor, write_odd
 from tests.makers import Tensor
@@ -221,6 +224,23 @@ class MergedDora(MergedContract):
         merged, _ = made
         assert len(merged.waves()) == 1 + self.measured
         assert merged.waves()[0] == ["source 0", "source 1"]
+
+    def test_it_goes_on_from_statistics_that_were_kept(
+        self, made: tuple[Merged, Files], tmp_path: Path
+    ) -> None:
+        """As a merge that was stopped does: another object, and values out of a journal."""
+        merged, _ = made
+        values = settle(merged, Scratch())
+        kept = {name: json.loads(json.dumps(saved(value))) for name, value in values.items()}
+        (tmp_path / "again").mkdir()
+        again, _ = self.merged(tmp_path / "again")
+        known = {name: restored(document) for name, document in kept.items()}
+        assert again.start(1 << 20, known) == {}
+        tiles = list(enumerate(grid.tiles(merged.spec)))
+        for index, tile in tiles:
+            rows, _ = merged.merge(tile, index, values, Scratch())
+            ours, _ = again.merge(tile, index, known, Scratch())
+            assert rows.tobytes() == ours.tobytes()
 
 
 class TestWeightedSumOfDoraDeltas(MergedDora):
