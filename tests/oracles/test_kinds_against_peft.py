@@ -11,7 +11,7 @@ import yaml
 from adapter_cases import load_any
 from exact_merge import STEP, Answer, Stored, assert_close, read_tensors
 from kind_cases import CASES, MODELS, Case, answers, merged_by_peft, train
-from peft_models import Shelf
+from peft_models import VOCABULARY, Shelf
 
 import streammerge as sm
 from streammerge import grid
@@ -132,6 +132,20 @@ def test_what_peft_cannot_merge_either_is_refused_with_the_reason(
     assert caught.value.exit_code == 65
     with pytest.raises((NotImplementedError, RuntimeError)):
         merged_by_peft(base, adapter, tmp_path / "peft")
+
+
+def test_lengths_of_longer_columns_are_refused(shelf: Shelf, tmp_path: Path) -> None:
+    """PEFT saves the embedding that was given more rows, and lengths of its longer columns."""
+    from peft import LoraConfig, get_peft_model
+
+    base = model_of(shelf, "llama")
+    model = load_any(base)
+    model.resize_token_embeddings(VOCABULARY + 4)
+    options = {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}
+    get_peft_model(model, LoraConfig(**options)).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(StreammergeError, match="DoRA on an embedding with more rows") as caught:
+        merge(tmp_path, base, tmp_path / "adapter")
+    assert "model.embed_tokens: [101, 32]" in str(caught.value)
 
 
 # ----------------------------------------------------------------- bases that training changed
