@@ -86,12 +86,24 @@ def make_bert(folder: Path) -> Path:
     return folder
 
 
+def make_gpt2_of_the_hub(folder: Path) -> Path:
+    """As it lies on the hub: saved from the body, without `transformer.` and without a head."""
+    from safetensors.numpy import load_file, save_file
+
+    make_gpt2(folder)
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): one for name, one in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "Llama": make_llama,
     "Llama, tied": partial(make_llama, tied=True),
     "Qwen2": partial(make_qwen2, tied=False),
     "GPT-2": make_gpt2,
     "GPT-2, untied": partial(make_gpt2, tied=False),
+    "GPT-2, as on the hub": make_gpt2_of_the_hub,
     "Qwen2-VL": make_qwen2_vl,
     "Qwen2-VL, tied": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
@@ -345,4 +357,123 @@ LARGER = (
     ),
 )
 
-CASES = (*KINDS, *REPLACING, *TIED, *BERT, *LARGER)
+
+# ------------------------------------------------------------------------------- names and folders
+
+
+def _rename(change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Give every tensor of a saved adapter another key."""
+
+    def spoil(folder: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        path = folder / "adapter_model.safetensors"
+        save_file({change(key): tensor for key, tensor in load_file(path).items()}, path)
+
+    return spoil
+
+
+def _with_name(key: str) -> str:
+    """As a raw state dict has it: with the adapter's name, and a wrapper's."""
+    if ".lora_" in key:
+        return key.replace(".weight", ".default.weight")
+    return key.replace("lm_head.weight", "lm_head.modules_to_save.default.weight")
+
+
+def _move(inner: str) -> Callable[[Path], None]:
+    """Put a saved adapter into a folder below, as a trainer or a named adapter has it."""
+
+    def spoil(folder: Path) -> None:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        (folder / inner).mkdir(parents=True)
+        for path in files:
+            path.rename(folder / inner / path.name)
+
+    return spoil
+
+
+def _configure(**fields: Any) -> Callable[[Path], None]:
+    """Change fields of the saved config."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return spoil
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _two(folder: Path) -> None:
+    for inner in ("code", "math"):
+        (folder / inner).mkdir()
+        (folder / inner / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").unlink()
+
+
+def _four(name: str) -> str:
+    """As transformers 4.51 named the modules of Qwen2-VL."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+_PLAIN: dict[str, Any] = {"target_modules": ATTENTION}
+NAMES = (
+    Case(
+        "names: with the adapter's own, `.default.`",
+        "Llama",
+        {**_PLAIN, "modules_to_save": ["lm_head"]},
+        spoil=_rename(_with_name),
+    ),
+    Case(
+        "names: of a wrapper of torch.compile",
+        "Llama",
+        _PLAIN,
+        spoil=_rename(lambda key: f"_orig_mod.{key}"),
+    ),
+    Case(
+        "names: of the body alone",
+        "Llama",
+        _PLAIN,
+        spoil=_rename(lambda key: key.replace("model.model.model.", "model.model.")),
+    ),
+    Case(
+        "names: of the body alone",
+        "BERT",
+        {"target_modules": ["query", "value"]},
+        spoil=_rename(lambda key: key.replace(".bert.", ".")),
+    ),
+    Case("names: of transformers 5", "Qwen2-VL", _PLAIN),
+    Case("names: of transformers 4", "Qwen2-VL", _PLAIN, spoil=_rename(_four)),
+    Case(
+        "names: without `transformer.` in the base",
+        "GPT-2, as on the hub",
+        {"target_modules": ["c_attn"]},
+    ),
+    Case(
+        "names: of which some are no tensor's",
+        "Llama",
+        _PLAIN,
+        spoil=_rename(lambda key: key.replace("layers.1", "layers.9")),
+        refused="name no tensor of the base",
+    ),
+    Case("folders: a trainer's checkpoint below", "Llama", _PLAIN, spoil=_move("checkpoint-500")),
+    Case("folders: an adapter below, under its name", "Llama", _PLAIN, spoil=_move("math")),
+    Case("folders: several adapters below", "Llama", _PLAIN, spoil=_two, refused="holds several"),
+    Case(
+        "folders: a pickle, adapter_model.bin",
+        "Llama",
+        _PLAIN,
+        spoil=_pickle,
+        refused="is a pickle",
+    ),
+    Case(
+        "trained on a 4-bit copy (QLoRA)",
+        "Llama",
+        _PLAIN,
+        spoil=_configure(base_model_name_or_path="someone/llama-bnb-4bit"),
+    ),
+)
+
+CASES = (*KINDS, *REPLACING, *TIED, *BERT, *LARGER, *NAMES)
