@@ -99,13 +99,13 @@ def make_gpt2_of_the_hub(folder: Path) -> Path:
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "Llama": make_llama,
-    "Llama, tied": partial(make_llama, tied=True),
+    "tied Llama": partial(make_llama, tied=True),
     "Qwen2": partial(make_qwen2, tied=False),
     "GPT-2": make_gpt2,
-    "GPT-2, untied": partial(make_gpt2, tied=False),
-    "GPT-2, as on the hub": make_gpt2_of_the_hub,
+    "untied GPT-2": partial(make_gpt2, tied=False),
+    "GPT-2 as on the hub": make_gpt2_of_the_hub,
     "Qwen2-VL": make_qwen2_vl,
-    "Qwen2-VL, tied": partial(make_qwen2_vl, tied=True),
+    "tied Qwen2-VL": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
     "ResNet": make_resnet,
     "wav2vec 2.0": make_wav2vec2,
@@ -218,7 +218,7 @@ def _tied(
     return tuple(cases)
 
 
-_LLAMA, _VL = "Llama, tied", "Qwen2-VL, tied"
+_LLAMA, _VL = "tied Llama", "tied Qwen2-VL"
 TIED = (
     *_tied("LoRA on tied weights", "the head", _LLAMA, "GPT-2", _VL, target_modules=["lm_head"]),
     *_tied("LoRA on tied weights", "the embedding", _LLAMA, _VL, target_modules=["embed_tokens"]),
@@ -308,13 +308,13 @@ _ROWS = [VOCABULARY + 1, 3]
 LARGER = (
     *(
         Case("a larger vocabulary", model, told, _resize, tied=tied, remark=remark)
-        for model, tied in (("Llama", False), ("Llama, tied", True))
+        for model, tied in (("Llama", False), ("tied Llama", True))
         for remark, told in (
             ("", {"target_modules": ATTENTION}),
             ("modules_to_save", {"target_modules": ATTENTION, "modules_to_save": HEADS}),
             ("trainable tokens", {"target_modules": ATTENTION, "trainable_token_indices": _ROWS}),
         )
-        if (model, remark) != ("Llama, tied", "modules_to_save")
+        if (model, remark) != ("tied Llama", "modules_to_save")
     ),
     # PEFT looks for `vocab_size` where a vision-language model's config has none.
     Case(
@@ -334,7 +334,7 @@ LARGER = (
     ),
     Case(
         "a larger vocabulary",
-        "Llama, tied",
+        "tied Llama",
         {"target_modules": [*ATTENTION, "embed_tokens"]},
         _resize,
         tied=False,
@@ -448,7 +448,7 @@ NAMES = (
     Case("names: of transformers 4", "Qwen2-VL", _PLAIN, spoil=_rename(_four)),
     Case(
         "names: without `transformer.` in the base",
-        "GPT-2, as on the hub",
+        "GPT-2 as on the hub",
         {"target_modules": ["c_attn"]},
     ),
     Case(
