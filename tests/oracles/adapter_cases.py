@@ -149,10 +149,10 @@ _DORA: dict[str, Any] = {"use_dora": True}
 _ADALORA: dict[str, Any] = {"init_r": 6, "target_r": 3, "total_step": 10}
 KINDS = (
     Case("LoRA", "Llama", {"target_modules": "all-linear"}),
-    Case("LoRA", "GPT-2, untied", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
+    Case("LoRA", "untied GPT-2", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
     Case("LoRA", "Qwen2-VL", {"target_modules": [*ATTENTION, "qkv"], "use_rslora": True}),
     Case("LoRA on an embedding", "Llama", {"target_modules": ["embed_tokens"]}),
-    Case("LoRA on an embedding", "GPT-2, untied", {"target_modules": ["wte", "wpe"]}),
+    Case("LoRA on an embedding", "untied GPT-2", {"target_modules": ["wte", "wpe"]}),
     Case("LoRA on a convolution", "ResNet", {"target_modules": ["convolution"]}, remark="2-d"),
     Case(
         "LoRA on a convolution",
@@ -161,7 +161,7 @@ KINDS = (
         remark="1-d",
     ),
     Case("DoRA", "Qwen2", {"target_modules": "all-linear", **_DORA}),
-    Case("DoRA", "GPT-2, untied", {"target_modules": ["c_attn", "wte"], **_DORA}),
+    Case("DoRA", "untied GPT-2", {"target_modules": ["c_attn", "wte"], **_DORA}),
     Case("DoRA", "Llama", {"target_modules": ["embed_tokens"], **_DORA}, remark="an embedding"),
     Case("DoRA", "ResNet", {"target_modules": ["convolution"], **_DORA}, remark="2-d convolutions"),
     Case(
@@ -170,7 +170,7 @@ KINDS = (
     Case("lora_bias", "Qwen2", {"target_modules": ATTENTION, "lora_bias": True}),
     Case("lora_bias", "GPT-2", {"target_modules": ["c_attn"], "lora_bias": True}),
     Case("AdaLoRA", "Llama", {"target_modules": ATTENTION, **_ADALORA}),
-    Case("AdaLoRA", "GPT-2, untied", {"target_modules": ["c_attn"], **_ADALORA}),
+    Case("AdaLoRA", "untied GPT-2", {"target_modules": ["c_attn"], **_ADALORA}),
 )
 
 REPLACING = (
@@ -181,9 +181,7 @@ REPLACING = (
         {"target_modules": ATTENTION, "modules_to_save": ["mlp", "input_layernorm"]},
         remark="modules of several tensors",
     ),
-    Case(
-        "modules_to_save", "Qwen2-VL", {"target_modules": ATTENTION, "modules_to_save": ["merger"]}
-    ),
+    Case("modules_to_save", "Qwen2-VL", {"target_modules": ATTENTION, "modules_to_save": HEADS}),
     Case("bias: all", "Qwen2", {"target_modules": ATTENTION, "bias": "all"}),
     Case("bias: all", "GPT-2", {"target_modules": ["c_attn"], "bias": "all"}),
     Case("bias: lora_only", "Qwen2", {"target_modules": ATTENTION, "bias": "lora_only"}),

@@ -30,7 +30,7 @@ MODELS = {
     "gpt2": "GPT-2",
     "bert": "BERT",
     "resnet": "ResNet",
-    "whisper": "Whisper",
+    "wav2vec2": "wav2vec 2.0",
     "qwen2-vl": "Qwen2-VL",
     "convnext": "ConvNeXt",
 }
