@@ -97,6 +97,17 @@ def make_gpt2_of_the_hub(folder: Path) -> Path:
     return folder
 
 
+def make_t5(folder: Path) -> Path:
+    """An encoder and a decoder that share one embedding with the head, which is not stored."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+    torch.manual_seed(20)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "Llama": make_llama,
     "tied Llama": partial(make_llama, tied=True),
@@ -107,6 +118,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "Qwen2-VL": make_qwen2_vl,
     "tied Qwen2-VL": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
+    "T5": make_t5,
     "ResNet": make_resnet,
     "wav2vec 2.0": make_wav2vec2,
 }
@@ -297,6 +309,16 @@ BERT = (
     ),
 )
 
+SHARED = (
+    Case(
+        "LoRA on tied weights",
+        "T5",
+        {"target_modules": ["shared"]},
+        refused="that the model's head seems to share",
+        remark="the embedding of encoder, decoder and head",
+    ),
+)
+
 
 def _resize(model: Any) -> None:
     model.resize_token_embeddings(VOCABULARY + 4)
@@ -474,4 +496,4 @@ NAMES = (
     ),
 )
 
-CASES = (*KINDS, *REPLACING, *TIED, *BERT, *LARGER, *NAMES)
+CASES = (*KINDS, *REPLACING, *TIED, *BERT, *SHARED, *LARGER, *NAMES)
