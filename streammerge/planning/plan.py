@@ -140,7 +140,7 @@ def make_plan(
         return None
     notes = check_models(inputs, problems)
     problems.raise_any()
-    inputs, outline = settle_tie(inputs)
+    inputs, outline = settle_tie(inputs, problems)
     outline = settle_vocabulary(recipe, inputs, outline, problems)
     problems.raise_any()
     notes += [*outline.notes, *template_notes(inputs)]

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Final
 
 from streammerge.adapters.copies import same_update, same_values
+from streammerge.errors import BadInput, Problems
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.planning.outline import Outline
 from streammerge.storage.folder import ModelFolder
-from streammerge.storage.ties import Tie
+from streammerge.storage.ties import Tie, hidden_tie
+
+_UNTIE: Final = (
+    "load the base with tie_word_embeddings=False in transformers, save it, and merge into that"
+)
 
 
-def settle_tie(inputs: Inputs) -> tuple[Inputs, Outline]:
+def settle_tie(inputs: Inputs, problems: Problems) -> tuple[Inputs, Outline]:
     """Whether the output's head is tied, if the donor's is; and the inputs, made to fit that.
 
     Reads stored tensors where only their bytes tell whether two are equal. While the tie holds,
-    updates of the head are left out: they are the embedding's. Raises StreammergeError when a file
-    cannot be read.
+    updates of the head are left out: they are the embedding's. An adapter on an embedding that a
+    head of unknown name shares is a problem. Raises StreammergeError when a file cannot be read.
     """
+    for model in inputs.models:
+        for problem in _hidden(model):
+            problems.add(problem)
     tie = inputs.donor.tie
     if tie is None:
         return inputs, Outline()
@@ -34,6 +43,21 @@ def settle_tie(inputs: Inputs) -> tuple[Inputs, Outline]:
         return inputs, Outline(added=added, untied=True, notes=(note,))
     models = tuple(_without_head(model, tie) for model in inputs.models)
     return replace(inputs, models=models), Outline(left_out=frozenset(tie.reads))
+
+
+def _hidden(model: Model) -> Iterator[BadInput]:
+    if model.adapter is None or model.folder.tie is not None:
+        return
+    hidden = hidden_tie(model.folder.tensors, model.folder.config)
+    touched = [name for name in hidden if name in model.adapter.updates]
+    if touched:
+        yield BadInput(
+            f"{model.name} changes an embedding that the model's head seems to share",
+            where=str(model.folder.path),
+            found=f"{', '.join(touched)}, and no head beside it",
+            expected="a head that is stored, or one of a name that is known here",
+            remedy=_UNTIE,
+        )
 
 
 def _parting(inputs: Inputs, tie: Tie) -> Iterator[str]:

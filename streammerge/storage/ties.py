@@ -11,25 +11,39 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-# The last parts of an embedding's name -> the head that reads it, by all its name.
+from streammerge.words import Extent
+
+# An embedding's name -> the name of the head that reads it. By all of both names: a head under a
+# wrong one would be left out when the output is loaded, and filled with random numbers.
 _HEADS: Final = {
+    "model.embed_tokens": "lm_head",
+    "embed_tokens": "lm_head",
+    "model.language_model.embed_tokens": "lm_head",
+    "model.text_model.embed_tokens": "lm_head",
     "language_model.model.embed_tokens": "language_model.lm_head",  # LLaVA's, as it is stored
     "thinker.model.embed_tokens": "thinker.lm_head",
-    "embed_tokens": "lm_head",
+    "transformer.wte": "lm_head",
     "wte": "lm_head",
+    "transformer.tokens_embed": "lm_head",
     "tokens_embed": "lm_head",
     "transformer.word_embeddings": "lm_head",
+    "word_embeddings": "lm_head",
     "gpt_neox.embed_in": "embed_out",
+    "bert.embeddings.word_embeddings": "cls.predictions.decoder",
     "roberta.embeddings.word_embeddings": "lm_head.decoder",
     "distilbert.embeddings.word_embeddings": "vocab_projector",
-    "embeddings.word_embeddings": "cls.predictions.decoder",
 }
 # Heads whose bias is another module's too, which is where the file holds it.
 _BIASES: Final = {
     "cls.predictions.decoder": "cls.predictions",
     "lm_head.decoder": "lm_head",
 }
-_WITH_A_HEAD: Final = re.compile("CausalLM|LMHead|DoubleHeads|ConditionalGeneration|MaskedLM|PreTr")
+_WITH_A_HEAD: Final = re.compile(
+    "CausalLM|LMHead|DoubleHeads|ConditionalGeneration|MaskedLM|PreTraining|Text2Text|ToText"
+)
+# Classes whose head has another name than that of others with an embedding of this name.
+_OTHERS: Final = re.compile("BertGeneration|Ultrabert")
+_EMBEDDING: Final = re.compile("emb|shared|wte")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,9 @@ def find_tie(tensors: Collection[str], config: Mapping[str, Any]) -> Tie | None:
     Where the config is silent, the file decides: transformers ties unless told otherwise.
     """
     found = next(_embeddings(tensors), None)
-    if found is None:
+    if found is None or any(
+        _OTHERS.search(str(name)) for name in config.get("architectures") or ()
+    ):
         return None
     embedding, head = found
     stored = f"{head}.weight" in tensors
@@ -60,23 +76,36 @@ def find_tie(tensors: Collection[str], config: Mapping[str, Any]) -> Tie | None:
     return Tie(embedding, f"{head}.weight", reads)
 
 
+def hidden_tie(tensors: Mapping[str, Extent], config: Mapping[str, Any]) -> list[str]:
+    """The embeddings of a model with a head that is nowhere, and would be under an unknown name.
+
+    Seen by shape: of all tensors with a row for each word, none is a head.
+    """
+    if _text(config, "tie_word_embeddings") is False or not _has_head(config):
+        return []
+    words = _text(config, "vocab_size")
+    shapes = ((name, tensors[name].spec.shape) for name in tensors)
+    wide = [name for name, shape in shapes if len(shape) == 2 and shape[0] == words]
+    return wide if all(_EMBEDDING.search(name) for name in wide) else []
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether the rows of a tensor are the words of the vocabulary: an embedding or a head."""
     module = name.removesuffix(".weight")
-    return module in _HEADS.values() or any(_ends(module, tail) for tail in _HEADS)
+    return module in _HEADS or module in _HEADS.values()
 
 
 def _embeddings(tensors: Collection[str]) -> Iterator[tuple[str, str]]:
-    weights = [name for name in tensors if name.endswith(".weight")]
-    likely = [name for name in weights if "embed" in name or "wte" in name]
-    for tail, head in _HEADS.items():
-        named = [name for name in likely if _ends(name.removesuffix(".weight"), tail)]
-        if len(named) == 1:
-            yield named[0], head
+    for embedding, head in _HEADS.items():
+        if f"{embedding}.weight" in tensors:
+            yield f"{embedding}.weight", head
 
 
-def _ends(module: str, tail: str) -> bool:
-    return module == tail or module.endswith(f".{tail}")
+def _text(config: Mapping[str, Any], key: str) -> Any:
+    """A value of the config, or of that of the text model in it."""
+    text = config.get("text_config")
+    nested = text.get(key) if isinstance(text, Mapping) else None
+    return config.get(key) if config.get(key) is not None else nested
 
 
 def _says(config: Mapping[str, Any], stored: bool) -> bool:
@@ -88,5 +117,8 @@ def _says(config: Mapping[str, Any], stored: bool) -> bool:
 
 def _has_head(config: Mapping[str, Any]) -> bool:
     """Whether the model has a head at all; one whose config does not say what it is may have."""
-    names = config.get("architectures")
-    return not names or any(_WITH_A_HEAD.search(str(name)) for name in names)
+    return not config.get("architectures") or _is(config, _WITH_A_HEAD)
+
+
+def _is(config: Mapping[str, Any], kind: re.Pattern[str]) -> bool:
+    return any(kind.search(str(name)) for name in config.get("architectures") or ())

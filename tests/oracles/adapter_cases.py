@@ -86,15 +86,39 @@ def make_bert(folder: Path) -> Path:
     return folder
 
 
+def make_gpt2_of_the_hub(folder: Path) -> Path:
+    """As it lies on the hub: saved from the body, without `transformer.` and without a head."""
+    from safetensors.numpy import load_file, save_file
+
+    make_gpt2(folder)
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): one for name, one in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def make_t5(folder: Path) -> Path:
+    """An encoder and a decoder that share one embedding with the head, which is not stored."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+    torch.manual_seed(20)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "Llama": make_llama,
-    "Llama, tied": partial(make_llama, tied=True),
+    "tied Llama": partial(make_llama, tied=True),
     "Qwen2": partial(make_qwen2, tied=False),
     "GPT-2": make_gpt2,
-    "GPT-2, untied": partial(make_gpt2, tied=False),
+    "untied GPT-2": partial(make_gpt2, tied=False),
+    "GPT-2 as on the hub": make_gpt2_of_the_hub,
     "Qwen2-VL": make_qwen2_vl,
-    "Qwen2-VL, tied": partial(make_qwen2_vl, tied=True),
+    "tied Qwen2-VL": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
+    "T5": make_t5,
     "ResNet": make_resnet,
     "ConvNeXt": make_convnext,
     "wav2vec 2.0": make_wav2vec2,
@@ -138,10 +162,10 @@ _DORA: dict[str, Any] = {"use_dora": True}
 _ADALORA: dict[str, Any] = {"init_r": 6, "target_r": 3, "total_step": 10}
 KINDS = (
     Case("LoRA", "Llama", {"target_modules": "all-linear"}),
-    Case("LoRA", "GPT-2, untied", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
+    Case("LoRA", "untied GPT-2", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
     Case("LoRA", "Qwen2-VL", {"target_modules": [*ATTENTION, "qkv"], "use_rslora": True}),
     Case("LoRA on an embedding", "Llama", {"target_modules": ["embed_tokens"]}),
-    Case("LoRA on an embedding", "GPT-2, untied", {"target_modules": ["wte", "wpe"]}),
+    Case("LoRA on an embedding", "untied GPT-2", {"target_modules": ["wte", "wpe"]}),
     Case("LoRA on a convolution", "ResNet", {"target_modules": ["convolution"]}, remark="2-d"),
     Case(
         "LoRA on a convolution",
@@ -150,7 +174,7 @@ KINDS = (
         remark="1-d",
     ),
     Case("DoRA", "Qwen2", {"target_modules": "all-linear", **_DORA}),
-    Case("DoRA", "GPT-2, untied", {"target_modules": ["c_attn", "wte"], **_DORA}),
+    Case("DoRA", "untied GPT-2", {"target_modules": ["c_attn", "wte"], **_DORA}),
     Case("DoRA", "Llama", {"target_modules": ["embed_tokens"], **_DORA}, remark="an embedding"),
     Case("DoRA", "ResNet", {"target_modules": ["convolution"], **_DORA}, remark="2-d convolutions"),
     Case(
@@ -159,7 +183,7 @@ KINDS = (
     Case("lora_bias", "Qwen2", {"target_modules": ATTENTION, "lora_bias": True}),
     Case("lora_bias", "GPT-2", {"target_modules": ["c_attn"], "lora_bias": True}),
     Case("AdaLoRA", "Llama", {"target_modules": ATTENTION, **_ADALORA}),
-    Case("AdaLoRA", "GPT-2, untied", {"target_modules": ["c_attn"], **_ADALORA}),
+    Case("AdaLoRA", "untied GPT-2", {"target_modules": ["c_attn"], **_ADALORA}),
 )
 
 # What no merge can hold, or what a recipe must say more about.
@@ -214,9 +238,7 @@ REPLACING = (
         {"target_modules": ATTENTION, "modules_to_save": ["mlp", "input_layernorm"]},
         remark="modules of several tensors",
     ),
-    Case(
-        "modules_to_save", "Qwen2-VL", {"target_modules": ATTENTION, "modules_to_save": ["merger"]}
-    ),
+    Case("modules_to_save", "Qwen2-VL", {"target_modules": ATTENTION, "modules_to_save": HEADS}),
     Case("bias: all", "Qwen2", {"target_modules": ATTENTION, "bias": "all"}),
     Case("bias: all", "GPT-2", {"target_modules": ["c_attn"], "bias": "all"}),
     Case("bias: lora_only", "Qwen2", {"target_modules": ATTENTION, "bias": "lora_only"}),
@@ -251,7 +273,7 @@ def _tied(
     return tuple(cases)
 
 
-_LLAMA, _VL = "Llama, tied", "Qwen2-VL, tied"
+_LLAMA, _VL = "tied Llama", "tied Qwen2-VL"
 TIED = (
     *_tied("LoRA on tied weights", "the head", _LLAMA, "GPT-2", _VL, target_modules=["lm_head"]),
     *_tied("LoRA on tied weights", "the embedding", _LLAMA, _VL, target_modules=["embed_tokens"]),
@@ -340,6 +362,16 @@ BERT = (
     ),
 )
 
+SHARED = (
+    Case(
+        "LoRA on tied weights",
+        "T5",
+        {"target_modules": ["shared"]},
+        refused="that the model's head seems to share",
+        remark="the embedding of encoder, decoder and head",
+    ),
+)
+
 
 def _resize(model: Any) -> None:
     model.resize_token_embeddings(VOCABULARY + 4)
@@ -349,13 +381,13 @@ _ROWS = [VOCABULARY + 1, 3]
 LARGER = (
     *(
         Case("a larger vocabulary", model, told, _resize, tied=tied, remark=remark)
-        for model, tied in (("Llama", False), ("Llama, tied", True))
+        for model, tied in (("Llama", False), ("tied Llama", True))
         for remark, told in (
             ("", {"target_modules": ATTENTION}),
             ("modules_to_save", {"target_modules": ATTENTION, "modules_to_save": HEADS}),
             ("trainable tokens", {"target_modules": ATTENTION, "trainable_token_indices": _ROWS}),
         )
-        if (model, remark) != ("Llama, tied", "modules_to_save")
+        if (model, remark) != ("tied Llama", "modules_to_save")
     ),
     # PEFT looks for `vocab_size` where a vision-language model's config has none.
     Case(
@@ -375,7 +407,7 @@ LARGER = (
     ),
     Case(
         "a larger vocabulary",
-        "Llama, tied",
+        "tied Llama",
         {"target_modules": [*ATTENTION, "embed_tokens"]},
         _resize,
         tied=False,
@@ -398,4 +430,122 @@ LARGER = (
     ),
 )
 
-CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TIED, *BERT, *LARGER)
+# ------------------------------------------------------------------------------- names and folders
+
+
+def _rename(change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Give every tensor of a saved adapter another key."""
+
+    def spoil(folder: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        path = folder / "adapter_model.safetensors"
+        save_file({change(key): tensor for key, tensor in load_file(path).items()}, path)
+
+    return spoil
+
+
+def _with_name(key: str) -> str:
+    """As a raw state dict has it: with the adapter's name, and a wrapper's."""
+    if ".lora_" in key:
+        return key.replace(".weight", ".default.weight")
+    return key.replace("lm_head.weight", "lm_head.modules_to_save.default.weight")
+
+
+def _move(inner: str) -> Callable[[Path], None]:
+    """Put a saved adapter into a folder below, as a trainer or a named adapter has it."""
+
+    def spoil(folder: Path) -> None:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        (folder / inner).mkdir(parents=True)
+        for path in files:
+            path.rename(folder / inner / path.name)
+
+    return spoil
+
+
+def _configure(**fields: Any) -> Callable[[Path], None]:
+    """Change fields of the saved config."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return spoil
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _two(folder: Path) -> None:
+    for inner in ("code", "math"):
+        (folder / inner).mkdir()
+        (folder / inner / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").unlink()
+
+
+def _four(name: str) -> str:
+    """As transformers 4.51 named the modules of Qwen2-VL."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+_PLAIN: dict[str, Any] = {"target_modules": ATTENTION}
+NAMES = (
+    Case(
+        "names: with the adapter's own, `.default.`",
+        "Llama",
+        {**_PLAIN, "modules_to_save": ["lm_head"]},
+        spoil=_rename(_with_name),
+    ),
+    Case(
+        "names: of a wrapper of torch.compile",
+        "Llama",
+        _PLAIN,
+        spoil=_rename(lambda key: f"_orig_mod.{key}"),
+    ),
+    Case(
+        "names: of the body alone",
+        "Llama",
+        _PLAIN,
+        spoil=_rename(lambda key: key.replace("model.model.model.", "model.model.")),
+    ),
+    Case(
+        "names: of the body alone",
+        "BERT",
+        {"target_modules": ["query", "value"]},
+        spoil=_rename(lambda key: key.replace(".bert.", ".")),
+    ),
+    Case("names: of transformers 5", "Qwen2-VL", _PLAIN),
+    Case("names: of transformers 4", "Qwen2-VL", _PLAIN, spoil=_rename(_four)),
+    Case(
+        "names: without `transformer.` in the base",
+        "GPT-2 as on the hub",
+        {"target_modules": ["c_attn"]},
+    ),
+    Case(
+        "names: of which some are no tensor's",
+        "Llama",
+        _PLAIN,
+        spoil=_rename(lambda key: key.replace("layers.1", "layers.9")),
+        refused="name no tensor of the base",
+    ),
+    Case("folders: a trainer's checkpoint below", "Llama", _PLAIN, spoil=_move("checkpoint-500")),
+    Case("folders: an adapter below, under its name", "Llama", _PLAIN, spoil=_move("math")),
+    Case("folders: several adapters below", "Llama", _PLAIN, spoil=_two, refused="holds several"),
+    Case(
+        "folders: a pickle, adapter_model.bin",
+        "Llama",
+        _PLAIN,
+        spoil=_pickle,
+        refused="is a pickle",
+    ),
+    Case(
+        "trained on a 4-bit copy (QLoRA)",
+        "Llama",
+        _PLAIN,
+        spoil=_configure(base_model_name_or_path="someone/llama-bnb-4bit"),
+    ),
+)
+
+CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TIED, *BERT, *SHARED, *LARGER, *NAMES)
