@@ -23,6 +23,8 @@ from pathlib import Path
 
 import bench_inputs
 
+from streammerge.methods import CATALOGUE
+
 COMMAND = str(Path(sys.executable).with_name("streammerge"))
 TIME = "/usr/bin/time"
 MIB = 1 << 20
@@ -31,24 +33,11 @@ BUDGETS = (384 * MIB, 1024 * MIB, 4096 * MIB)
 SLACK = 1.3
 CGROUP_EXTRA = 128 * MIB
 
-# What merges in each model: three adapters, or a full fine-tune. `{}` takes a method's knobs.
-ADAPTERS = """\
-adapters:
-  - {path: ./lora-0, weight: 0.5%s}
-  - {path: ./lora-1, weight: 0.3%s}
-  - {path: ./lora-2, weight: 0.2%s}
-"""
-MODELS = """\
-models:
-  - {model: ./base, parameters: {weight: 0.4}}
-  - {model: ./tuned, parameters: {weight: 0.6%s}}
-"""
-PASSTHROUGH = {
-    "llama": "adapters:\n  - {path: ./lora-0}\n",
-    # A scale, else every tensor is a plain copy.
-    "embedding": "models:\n  - {model: ./tuned, parameters: {scale: 0.5}}\n",
-}
-METHODS = ("linear", "task_arithmetic", "ties", "passthrough")
+# A scale, else every tensor of a full model is a plain copy.
+OF_MODELS = {"weight": 0.3, "density": 0.5, "scale": 0.5}
+# What of the shared parameters makes a method work hardest; and those that it must be given.
+SHARED = {"rescale": "l1", "select_topk": 0.5, "t": 0.5}
+METHODS = tuple(CATALOGUE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +63,21 @@ class Measured:
 
 
 def recipe_text(model: str, method: str) -> str:
-    """A recipe beside the inputs of a model."""
-    if method == "passthrough":
-        return f"base_model: ./base\nmerge_method: passthrough\n{PASSTHROUGH[model]}"
-    density = ", density: 0.5" if method == "ties" else ""
-    entries = ADAPTERS if model == "llama" else MODELS
-    return f"base_model: ./base\nmerge_method: {method}\n" + entries.replace("%s", density)
+    """A recipe beside the inputs of a model: adapters, or a full fine-tune as often as it takes."""
+    spec = CATALOGUE[method]
+    count = min(3, spec.models[1] or 3)
+    paths = [f"./lora-{i}" for i in range(count)]
+    if model != "llama":
+        paths = ["./tuned"] * max(1, spec.models[0])
+    own = {name: value for name, value in OF_MODELS.items() if name in spec.per_model}
+    shared = {name: value for name, value in SHARED.items() if name in spec.shared}
+    key, names = ("adapters", "path") if model == "llama" else ("models", "model")
+    entries = [
+        {names: path, "name": f"m{i}", **(own if model == "llama" else {"parameters": own})}
+        for i, path in enumerate(paths)
+    ]
+    document = {"base_model": "./base", "merge_method": method, key: entries, "parameters": shared}
+    return json.dumps(document)  # which is YAML too
 
 
 def measure(

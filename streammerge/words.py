@@ -479,8 +479,11 @@ class Statistic(Protocol):
         """The most that one measured part holds."""
         ...
 
-    def buffers(self, knobs: Knobs) -> int:
-        """How many float32 buffers of a tile it takes to measure, the stack not counted."""
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        """How many float32 buffers of a tile it takes to measure, the stack not counted.
+
+        Of the scratch, which a thread keeps, and in passing.
+        """
         ...
 
     def by_products(self, knobs: Knobs) -> bool:

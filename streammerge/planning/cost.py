@@ -15,7 +15,7 @@ from streammerge.words import Merged, StatisticValue, Tile
 # As many jobs as are ever in flight at once.
 MOST_JOBS = 64
 # State of one tensor's statistics; less of it may cost another read, more is not faster.
-STATES = (16 << 20, 4 << 20, 1 << 20)
+STATES = (12 << 20, 4 << 20, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)

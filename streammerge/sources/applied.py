@@ -119,4 +119,5 @@ class Applied:
 def tiles_held(method: MethodSpec, needs: Needs, models: int) -> int:
     """How many float32 tiles a thread holds: the base, the stack, and what is made of them."""
     own = 1 + models if method.temporaries is None else method.temporaries
-    return 1 + models + max(needs.buffers(), own)
+    kept, passing = needs.buffers()
+    return 1 + models + kept + max(passing, own)

@@ -126,7 +126,7 @@ class Combined:
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows, cols = tile.shape(self._spec)
-        return self._models.scratch_bytes(tile) + self._needs.buffers() * 4 * rows * cols
+        return self._models.scratch_bytes(tile) + sum(self._needs.buffers()) * 4 * rows * cols
 
     def release(self) -> None:
         self._models.release()

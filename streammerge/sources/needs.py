@@ -85,8 +85,10 @@ class Needs:
     def part_bytes(self) -> int:
         return sum(one.part_bytes(self._spec, self._knobs) for one in self._reading())
 
-    def buffers(self) -> int:
-        return sum(one.buffers(self._knobs) for one in self._reading())
+    def buffers(self) -> tuple[int, int]:
+        """Buffers of a tile to measure: kept in the scratch, which statistics share; in passing."""
+        both = [(0, 0), *(one.buffers(self._knobs) for one in self._reading())]
+        return max(kept for kept, _ in both), max(passing for _, passing in both)
 
     def by_products(self) -> bool:
         """Whether the inner products of the deltas are all that is looked at before the merge."""

@@ -40,8 +40,8 @@ class Given:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 0
 
-    def buffers(self, knobs: Knobs) -> int:
-        return 0
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        return 0, 0
 
     def by_products(self, knobs: Knobs) -> bool:
         return True

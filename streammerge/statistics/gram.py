@@ -71,8 +71,8 @@ class Gram:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 8 * self._vectors(spec, knobs, grid.tile_rows(spec)) * self._size(knobs) ** 2
 
-    def buffers(self, knobs: Knobs) -> int:
-        return 0
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        return 0, 0
 
     def by_products(self, knobs: Knobs) -> bool:
         return not self.with_base and self._over(knobs) == "tensor"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.statistics.of_stack import check_names, of_each
-from streammerge.statistics.select import each_model, least_state_bytes, part_bytes, select
+from streammerge.statistics.select import each_model, part_bytes, select, state_bytes
 from streammerge.words import Declared, Fold, Knobs, StatisticValue, TensorSpec
 
 
@@ -50,14 +50,13 @@ class KthMagnitude:
         return int(bool(self.measured(knobs)))
 
     def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
-        models = len(self.measured(knobs))
-        return least_state_bytes() * models, 4 * spec.numel * models
+        return state_bytes(spec, len(self.measured(knobs)))
 
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return part_bytes() * len(self.measured(knobs))
 
-    def buffers(self, knobs: Knobs) -> int:
-        return 2  # a delta, and the magnitudes that are collected
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        return 2, 0  # a delta, and the magnitudes that are collected
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

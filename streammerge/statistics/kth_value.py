@@ -8,7 +8,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from streammerge.statistics.of_stack import OfStack, check_names, of_shared
-from streammerge.statistics.select import each_model, least_state_bytes, part_bytes, select
+from streammerge.statistics.select import each_model, part_bytes, select, state_bytes
 from streammerge.words import Declared, DeltaStack, Fold, Knobs, StatisticValue, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,14 +51,13 @@ class KthValue:
         return int(self.unless is None or not of_shared(self.unless, knobs))
 
     def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
-        slots = len(self.counts)
-        return least_state_bytes() * slots, 4 * spec.numel * slots
+        return state_bytes(spec, len(self.counts))
 
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return part_bytes() * len(self.counts)
 
-    def buffers(self, knobs: Knobs) -> int:
-        return self.temporaries + 1  # the magnitudes that are collected
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        return 1, self.temporaries  # the magnitudes that are collected
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

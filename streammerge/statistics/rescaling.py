@@ -70,8 +70,8 @@ class Rescaling:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 2 * 8 * len(knobs.touching)
 
-    def buffers(self, knobs: Knobs) -> int:
-        return self.temporaries
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        return 0, self.temporaries
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

@@ -42,6 +42,8 @@ _SAMPLE_ELEMENTS = 96 << 10  # so many that a sample is no larger than any other
 # Low-rank deltas are clustered by rows, so the spread is taken between rows; an estimate that
 # treats elements as independent missed on the first real tensor.
 _SPREADS = 4.5
+# State of one slot: more was seldom filled by a bracket, and is no faster.
+_MOST_STATE_BYTES = 8 << 20
 
 # The rows of each of some slots; the next may overwrite the last.
 Look = Callable[[DeltaStack, Iterable[int]], Iterator[tuple[int, "Rows"]]]
@@ -54,8 +56,12 @@ def part_bytes() -> int:
     return max(4 * tally.BINS, 8 * tally.MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
 
 
-def least_state_bytes() -> int:
-    """The state that one slot cannot do without."""
+def state_bytes(spec: TensorSpec, slots: int) -> tuple[int, int]:
+    """The state that some slots cannot do without, and the most they could make use of."""
+    return slots * _least_state_bytes(), slots * min(4 * spec.numel, _MOST_STATE_BYTES)
+
+
+def _least_state_bytes() -> int:
     return 8 * tally.BINS
 
 
@@ -83,7 +89,7 @@ def select(
             pending[slot] = Bracket(k)
     if not pending:
         return thresholds
-    each = max(least_state_bytes(), state_bytes // len(pending))
+    each = max(_least_state_bytes(), min(_MOST_STATE_BYTES, state_bytes // len(pending)))
     subject = Subject(spec, look, recount, whole_rows)
     if spec.numel < _SAMPLE_FROM or subject.sample() == Tile(0, spec.rows):
         return Counting(subject, pending, thresholds, each)

@@ -55,8 +55,8 @@ class Sums:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 8 * self.width * len(knobs.touching)
 
-    def buffers(self, knobs: Knobs) -> int:
-        return self.temporaries
+    def buffers(self, knobs: Knobs) -> tuple[int, int]:
+        return 0, self.temporaries
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

@@ -63,6 +63,29 @@ def test_measured_stays_under_projected_and_near_it(
     assert measured.verdict(budget_bytes) == "ok", measured
 
 
+# Each kind of statistic once: sums, two cuts, inner products by rows and by factors, a selection.
+OTHERS = ("dare_linear", "breadcrumbs_ties", "slerp", "karcher", "model_stock", "sce")
+
+
+@measures
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_kind_of_method_stays_under_projected_and_near_it(
+    inputs: Path, tmp_path: Path, method: str
+) -> None:
+    budget_bytes = 384 * MIB
+    measured = memory.measure(inputs / f"{method}.yaml", tmp_path / "out", budget_bytes)
+    assert measured.verdict(budget_bytes) == "ok", measured
+
+
+@pytest.mark.long
+@measures
+@pytest.mark.parametrize("method", [name for name in memory.METHODS if name not in OTHERS])
+def test_every_other_method_does(inputs: Path, tmp_path: Path, method: str) -> None:
+    budget_bytes = 384 * MIB
+    measured = memory.measure(inputs / f"{method}.yaml", tmp_path / "out", budget_bytes)
+    assert measured.verdict(budget_bytes) == "ok", measured
+
+
 @measures
 @pytest.mark.parametrize("io", ["mmap", "read"])
 def test_a_full_fine_tune_stays_under_projected(inputs: Path, tmp_path: Path, io: str) -> None:
