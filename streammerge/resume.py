@@ -196,7 +196,7 @@ def sound_shards(state: RunDirectory, plan: Plan, journal: Journal, found: Surve
     journal.sync()
     found.anew.update(dict.fromkeys(lost, found.stop))
     for name in paths.keys() - sound:
-        paths[name].unlink(missing_ok=True)
+        state.drop(name)
     return sound
 
 

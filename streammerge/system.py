@@ -231,15 +231,6 @@ def sync_data(descriptor: int) -> None:
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: those of files that were created or renamed there."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def reserve(descriptor: int, size: int) -> None:
     """Give the file its size and its blocks, so that a full disk is an error now, not later."""
     if size and hasattr(os, "posix_fallocate"):

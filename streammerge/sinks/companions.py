@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import StorageError
+from streammerge.storage.durable import write_file
 from streammerge.storage.folder import CONFIG, INDEX
 from streammerge.storage.record import RECIPE, RECORD, Record
-from streammerge.storage.rundir import write_file
 from streammerge.storage.shard import ShardLayout
 
 CARD = "README.md"

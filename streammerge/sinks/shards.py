@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from streammerge import system
 from streammerge.arrays import RawBytes
 from streammerge.sinks.receipts import Receipt, Sums
 from streammerge.storage.bytesource import Files
 from streammerge.storage.checksum import checksum
+from streammerge.storage.durable import sync_folder
 from streammerge.storage.journal import Journal
 from streammerge.storage.shard import ShardFile, ShardLayout
 from streammerge.words import Extent, Tile
@@ -40,7 +40,7 @@ class ShardsSink:
         self._shards = {
             layout.name: ShardFile(folder, layout, begun=layout.name in begun) for layout in layouts
         }
-        system.sync_folder(folder)
+        sync_folder(folder)
         self.sums = Sums(layouts)
         self._batch: list[Receipt] = []
         self._batch_bytes = 0

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from streammerge import system
 from streammerge.errors import OutputRefused, StorageError
+from streammerge.storage.durable import sync_folder
 from streammerge.storage.lock import Lock
 from streammerge.storage.record import RECORD, find_record
 
@@ -77,9 +78,8 @@ class RunDirectory:
             raise self._refused(error) from error
         try:
             self._restore()
-            if not self.output.exists():  # nothing was begun; or it was, and was published
-                self.journal.unlink(missing_ok=True)
-                self.output.mkdir()
+            if not (self.journal.exists() and self.output.exists()):
+                self._empty()  # nothing was begun, or it was published, or not all was tidied up
         except OSError as error:
             self._lock.release()
             raise self._refused(error) from error
@@ -102,13 +102,23 @@ class RunDirectory:
     def start_over(self, published: Iterable[str] = ()) -> None:
         """Forget what another run left: its journal, its files, and those that it had put in place
         in an output folder that was there before."""
-        self.journal.unlink(missing_ok=True)
-        shutil.rmtree(self.output)
-        for name in published if self._inside else ():
-            path = self.out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.output.mkdir()
+        with self._told("cannot be emptied"):
+            for name in published if self._inside else ():
+                path = self.out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            self._empty()
         self.keep = False
+
+    def _empty(self) -> None:
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        self.journal.unlink(missing_ok=True)
+        self.output.mkdir()
+
+    def drop(self, name: str) -> None:
+        """Remove a file of the output that is being built, if it is there."""
+        with self._told(f"cannot get rid of {name}"):
+            (self.output / name).unlink(missing_ok=True)
 
     def publish(self, last: str) -> None:
         """Give the finished folder its final name. All data is synced.
@@ -117,7 +127,7 @@ class RunDirectory:
         it nobody takes the folder for a model.
         """
         try:
-            system.sync_folder(self.output)
+            sync_folder(self.output)
             if self._inside:
                 self._move_in(last)
             else:
@@ -134,7 +144,7 @@ class RunDirectory:
         if self.out.exists() and any(self.out.iterdir()):
             os.rename(self.out, self._replaced)
         os.rename(self.output, self.out)  # an empty folder of that name gives way
-        system.sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
 
     def _move_in(self, last: str) -> None:
         names = sorted(os.listdir(self.output), key=lambda name: (name == last, name))
@@ -145,21 +155,34 @@ class RunDirectory:
             raise OutputRefused(what, where=str(self.out), found=found, remedy=remedy)
         for name in names:
             if name == last:
-                system.sync_folder(self.out)
+                sync_folder(self.out)
             os.rename(self.output / name, self.out / name)
-        system.sync_folder(self.out)
+        sync_folder(self.out)
 
     def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Remove the state, unless the same command can go on from it."""
-        self._restore()
         resumable = error is not None and getattr(error, "resumable", True)
-        if self.keep and resumable and not self._published:
-            self._lock.release()
-        else:
-            self._lock.remove_folder()
+        done = "the output is complete, and" if self._published else "the merge has failed, and"
+        silent = suppress(StorageError) if error else nullcontext()  # which says more than this
+        with silent, self._told(f"{done} its state cannot be removed"):
+            self._restore()
+            if self.keep and resumable and not self._published:
+                self._lock.release()
+            else:
+                self._lock.remove_folder()
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """What the system refuses, as an error that says what it was for."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "check the disk and who may write there, then run the command again"
+            text = f"{what}: {error.strerror}"
+            raise StorageError(text, where=str(self.path), remedy=remedy) from error
 
 
 def clear_state(out: Path) -> None:
@@ -190,21 +213,3 @@ def _awaits(out: Path) -> bool:
     except OSError as error:
         what, remedy = f"the output cannot be read: {error.strerror}", "choose another --out"
         raise OutputRefused(what, where=str(out), remedy=remedy) from error
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and make it durable."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            system.write_all(descriptor, data, 0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError(
-            f"cannot be written: {error.strerror}",
-            where=str(path),
-            remedy="free space on that disk, then run the command again",
-        ) from error

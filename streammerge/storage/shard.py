@@ -12,6 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +128,10 @@ class ShardFile:
             system.sync_data(self._open())
         except OSError as error:
             self._condemned = self._failed("cannot be made durable", error)
-            self.path.unlink(missing_ok=True)
+            with suppress(
+                OSError
+            ):  # where not even that can be done, there is nothing to go on with
+                self.path.unlink()
             raise self._condemned from error
 
     def close(self) -> None:
