@@ -48,7 +48,7 @@ def _round(chosen: Sequence[Work], cold: bool) -> Iterator[tuple[str, Run]]:
         yield READ, bench_runs.read(whole.reads)
     for work in chosen:
         bench_runs.settle(work.reads, cold=cold)
-        yield work.name, bench_runs.merge(work.recipe)
+        yield work.name, bench_runs.merge(work.recipe, *work.options)
 
 
 def rows_of(chosen: Sequence[Work], found: dict[str, Run], state: str) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,7 @@ class Work:
     recipe: Path
     base: Path
     reads: tuple[Path, ...]
+    options: tuple[str, ...] = ()
 
     @property
     def only_base(self) -> bool:
@@ -41,13 +42,16 @@ class Work:
 
 
 def inputs(root: Path, config: Config = LLAMA_1B, *, tuned: bool = True) -> Path:
-    """The 2.5 GB model, three adapters, three fine-tunes; 10 GB in all, made once."""
+    """The 2.5 GB model, three adapters, eight of rank 256, three fine-tunes; 13 GB, made once."""
     folder = root / "llama"
     if not (folder / "base").exists():
         bench_inputs.make_llama(folder / "base", config)
     for seed in range(3):
         if not (folder / f"lora-{seed}").exists():
             bench_inputs.make_adapter(folder / f"lora-{seed}", config, seed=seed)
+    for seed in range(8):
+        if not (folder / f"large-{seed}").exists():
+            bench_inputs.make_adapter(folder / f"large-{seed}", config, rank=256, seed=40 + seed)
     few = folder / "lora-qv"
     if not few.exists():
         bench_inputs.make_adapter(few, config, seed=9, targets=("q_proj", "v_proj"))
@@ -76,6 +80,20 @@ def works(folder: Path) -> Iterator[Work]:
     path = folder / "all.yaml"
     path.write_text(recipe_text("linear", loras[:1], adapters=True))
     yield Work("adapter on all, linear", path, base, (base, loras[0]))
+    yield from _spilling(folder)
+
+
+def _spilling(folder: Path) -> Iterator[Work]:
+    """Both sides of what `--spill auto` decides."""
+    base = folder / "base"
+    large = [folder / f"large-{seed}" for seed in range(8)]
+    small = [folder / f"lora-{seed}" for seed in range(3)]
+    for name, models in (("8 adapters of rank 256", large), ("3 adapters of rank 16", small)):
+        path = folder / f"spill-{len(models)}.yaml"
+        path.write_text(recipe_text("ties", models, adapters=True))
+        for mode in ("auto", "always", "never"):
+            options = ("--spill", mode)
+            yield Work(f"{name} with --spill {mode}, ties", path, base, (base, *models), options)
 
 
 def recipe_text(method: str, models: list[Path], *, adapters: bool) -> str:

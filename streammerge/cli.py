@@ -200,6 +200,45 @@ def verify(
     _print(json.dumps(found.as_dict()) if as_json else describe(found))
 
 
+@cli.group()
+def cache() -> None:
+    """What runs left in a cache; losing it costs nothing but time."""
+
+
+@cache.command("list")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def cache_list(folder: str, as_json: bool) -> None:
+    """List the runs in the cache DIR: whose, how large, at work or not."""
+    from pathlib import Path
+
+    from streammerge.commands.cache import describe, examine
+
+    found = examine(Path(folder))
+    _print(json.dumps([one.as_dict() for one in found]) if as_json else describe(found))
+
+
+@cache.command("clean")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.option("--finished", is_flag=True, help="Those that --keep-cache has kept.")
+@click.option("--stale", is_flag=True, help="Those whose process is gone, unchanged for a day.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def cache_clean(
+    folder: str, runs: Sequence[str], finished: bool, stale: bool, as_json: bool
+) -> None:
+    """Remove runs from the cache DIR: nothing but what streammerge has put there."""
+    if not (runs or finished or stale):
+        raise click.UsageError("name runs, or give --finished or --stale")
+    from pathlib import Path
+
+    from streammerge.commands.cache import clean, describe
+
+    gone = clean(Path(folder), runs, finished=finished, stale=stale)
+    removed = f"removed:\n{describe(gone)}" if gone else "nothing to remove"
+    _print(json.dumps([one.as_dict() for one in gone]) if as_json else removed)
+
+
 def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
     """The recipe of a file or of the options."""
     given = [k for k in ("base", "adapters", "models", "method", "out_dtype") if options[k]]

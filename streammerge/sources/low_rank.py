@@ -50,8 +50,7 @@ class Product:
 
     @property
     def resident_bytes(self) -> int:
-        widest = max(_stored_bytes(pair.right) + 4 * _elements(pair.right) for pair in self.factors)
-        return 4 * self._rank * self._cols + widest  # the stack, and one factor while it loads
+        return 4 * self._rank * self._cols
 
     def read_bytes(self, tile: Tile) -> int:
         """Of the left factors; the right ones are counted by `once_bytes`, once per tensor."""
@@ -72,10 +71,13 @@ class Product:
         return values + sum(_stored_bytes(pair.right) for pair in self.factors)
 
     def scratch_bytes(self, tile: Tile) -> int:
+        """Of a thread; that which loads the right factors holds one of them besides."""
         rows = len(range(tile.start, tile.stop, tile.row_step))
+        loading = max(_stored_bytes(one.right) + 4 * _elements(one.right) for one in self.factors)
         widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self.factors)
         thinned = 4 * self._rank * self._cols // tile.col_step if tile.col_step > 1 else 0
-        return rows * (8 * self._rank + widest) + thinned + self._whole_row_bytes(tile)
+        band = rows * (8 * self._rank + widest) + thinned + self._whole_row_bytes(tile)
+        return band + loading
 
     def _whole_row_bytes(self, tile: Tile) -> int:
         """The columns of a sample are cut from stored rows, one after the other."""

@@ -24,6 +24,7 @@ from streammerge.errors import OutputRefused, StorageError
 from streammerge.storage.owner import Owner
 
 _ABOUT = "run.json"
+_NEW = "run.json.new"  # on its way to that name
 _NAME = re.compile(r"streammerge-[0-9a-f]{12}")
 
 State = Literal["running", "finished", "left", "elsewhere"]
@@ -75,7 +76,7 @@ class CachedRun:
             "finished": self.finished,
             "owner": asdict(self.owner),
         }
-        new = self.path / f"{_ABOUT}.new"
+        new = self.path / _NEW
         new.write_text(json.dumps(about, indent=2) + "\n")
         os.replace(new, self.path / _ABOUT)
 
@@ -90,10 +91,12 @@ class CachedRun:
     def remove(self) -> None:
         """What it spilled, then its `run.json`, then the folder; StorageError where that fails."""
         try:
+            self._refuse_others()
             for folder in (self.spill, self.used):
                 if folder.exists():
                     shutil.rmtree(folder)
-            (self.path / _ABOUT).unlink(missing_ok=True)
+            for name in (_NEW, _ABOUT):
+                (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
         except FileNotFoundError:
             return  # somebody else removed it
@@ -103,6 +106,17 @@ class CachedRun:
                 where=str(error.filename or self.path),
                 remedy="remove what was put there by hand, or give this user the right to",
             ) from error
+
+    def _refuse_others(self) -> None:
+        ours = {_ABOUT, _NEW, self.spill.name, self.used.name}
+        others = {*os.listdir(self.path)} - ours
+        if others:
+            raise StorageError(
+                "the folder holds what streammerge did not put there, so it stays",
+                where=str(self.path),
+                found=", ".join(sorted(others)),
+                remedy="move that elsewhere first",
+            )
 
 
 def create(cache: Path, output: Path, fingerprint: str) -> CachedRun:

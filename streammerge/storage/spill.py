@@ -67,7 +67,6 @@ class SpillStore:
         try:
             with _told(self._run.spill, "the spill cannot be made"):
                 self._group = _make_group(self._run.spill)
-                self._run.used.mkdir()
             yield
             complete = True
         finally:
@@ -99,6 +98,7 @@ class SpillStore:
         if self._keep or self._run is None or not path.exists():
             return
         with _told(path, "spilled rows cannot be removed"):
+            self._run.used.mkdir(exist_ok=True)  # unless somebody emptied the cache
             for chunk in chunks:
                 if chunk.exists():
                     used = self._run.used / str(next(self._numbers))

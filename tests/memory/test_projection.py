@@ -97,6 +97,13 @@ def test_a_full_fine_tune_stays_under_projected(inputs: Path, tmp_path: Path, io
 
 
 @measures
+def test_what_is_spilled_is_not_held(inputs: Path, tmp_path: Path) -> None:
+    options = ("--spill", "always", "--cache", str(tmp_path / "cache"))
+    measured = memory.measure(inputs / "ties.yaml", tmp_path / "out", 384 * MIB, *options)
+    assert measured.verdict(384 * MIB) == "ok", measured
+
+
+@measures
 @pytest.mark.parametrize("recipe", ["ties", "linear"])
 def test_the_least_budget_is_named_and_is_enough(inputs: Path, tmp_path: Path, recipe: str) -> None:
     path, out = inputs / f"{recipe}.yaml", tmp_path / "out"
