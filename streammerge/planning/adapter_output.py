@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.jobs import Composer, Job, MergeJob
+from streammerge.planning.layout import output_spec
+from streammerge.planning.outline import Outline
 from streammerge.planning.spaces import Split
 from streammerge.recipe import Recipe
 from streammerge.sources.direct import Direct
@@ -92,13 +94,13 @@ class AdapterOutput:
         }
 
 
-def adapter_output(recipe: Recipe, inputs: Inputs, found: Split) -> AdapterOutput:
+def adapter_output(recipe: Recipe, inputs: Inputs, outline: Outline, found: Split) -> AdapterOutput:
     """The tensors of the output: factors where all updates are low-rank, the others whole."""
     dtype = recipe.out_dtype or DType.F32
     factored = tuple(_factored(name, inputs, recipe.rank, dtype) for name in found.low_rank)
     others = [name for names in found.replaced.values() for name in names]
-    shapes = {name: inputs.donor.tensors[name].spec.shape for name in others}
-    whole = {n: TensorSpec(_PREFIX + n, shape, dtype) for n, shape in shapes.items()}
+    specs = {n: output_spec(inputs.donor.tensors[n].spec, outline, dtype) for n in others}
+    whole = {n: replace(spec, name=_PREFIX + n) for n, spec in specs.items()}
     return AdapterOutput(factored, whole)
 
 
