@@ -17,6 +17,9 @@ Vectors: TypeAlias = Annotated[NDArray[np.float32], "either"]  # deltas where th
 
 # A keyword argument of this type is handed the base's rows, not to be changed.
 Base: TypeAlias = Annotated[NDArray[np.float32], "base"]  # [rows, cols]
+# A method on low-rank updates is handed them in a common orthonormal basis; see sources/core.py.
+Core: TypeAlias = NDArray[np.float64]  # [left basis, right basis], of one update
+Cores: TypeAlias = Annotated[NDArray[np.float64], "cores"]  # [models, left basis, right basis]
 
 PerModel: TypeAlias = NDArray[np.float64]  # [models], in the order of the recipe
 InnerProducts: TypeAlias = NDArray[np.float64]  # [..., models, models]

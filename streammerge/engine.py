@@ -24,6 +24,7 @@ from streammerge.publication import (
     check_room_for,
     compare_buffers,
     recorded_changes,
+    recorded_misses,
     refuse_overlap,
     there_already,
 )
@@ -171,7 +172,7 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     refuse_overlap(plan, out)
     recipe_yaml = to_yaml(plan.recipe, portable=True)
     identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
-    changes = Changes(plan.inputs.models, plan.layouts)
+    changes = Changes(plan.inputs.models, plan.layouts, plan.changes())
     already = there_already(out, identity, manner)
     resumed = 0
     if already:
@@ -183,8 +184,10 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
             resumed = build(plan, out, identity, changes, manner)
     return Report(
         out=out,
+        kind=plan.recipe.kind,
         already_done=already,
         changes=recorded_changes(out),
+        missed=recorded_misses(out),
         tensors=plan.demand.merged_tensors + plan.demand.copied_tensors,
         read_bytes=plan.files.read_bytes,
         written_bytes=0 if already else plan.output_bytes(),

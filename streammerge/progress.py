@@ -14,7 +14,7 @@ from streammerge.events import Emit, Event, Note, Progress, Warned, ignore
 from streammerge.planning import Plan
 from streammerge.planning.spill import SpillTotal
 from streammerge.recipe import Recipe, to_yaml
-from streammerge.report import Report
+from streammerge.report import Report, describe_missed
 from streammerge.sizes import format_size
 
 if TYPE_CHECKING:
@@ -82,10 +82,12 @@ def describe_plan(plan: Plan) -> str:
 def describe_report(report: Report) -> str:
     """What a finished merge did, where it is, and how to load it."""
     load = f'AutoModelForCausalLM.from_pretrained("{report.out}", dtype="auto")'
+    if report.kind == "adapter":
+        load = f'PeftModel.from_pretrained(base_model, "{report.out}")'
     if report.already_done:
         lines = ["the output is there already, complete, of this recipe and these inputs"]
     else:
-        lines = [str(change) for change in report.changes]
+        lines = [*map(str, report.changes), *describe_missed(report.missed)]
         if report.resumed_bytes:
             size = format_size(report.resumed_bytes)
             lines.append(f"went on with {size} that an earlier run had written")

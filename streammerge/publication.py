@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from streammerge.planning import Plan
 from streammerge.planning.differences import Differences, differences
 from streammerge.planning.fingerprint import Identity, minor
 from streammerge.recipe import to_yaml
-from streammerge.report import Change, Changes
+from streammerge.report import Change, Changes, Missed, describe_missed
 from streammerge.sinks.companions import (
     companion_digests,
     copy_donated,
+    write_adapter_config,
     write_documents,
     write_index,
     write_record,
@@ -32,6 +32,7 @@ from streammerge.storage.donated import donated
 from streammerge.storage.folder import output_config
 from streammerge.storage.record import (
     RECIPE,
+    ApproximationRecord,
     ChangeRecord,
     Record,
     ShardRecord,
@@ -121,6 +122,12 @@ def recorded_changes(out: Path) -> tuple[Change, ...]:
     return tuple(Change(one.model, one.applied, one.total, one.relative) for one in changes)
 
 
+def recorded_misses(out: Path) -> dict[str, Missed]:
+    """What the factors of an adapter miss, as the record of a finished output says."""
+    found = read_record(out).approximations
+    return {name: Missed(one.update, one.missed) for name, one in found.items()}
+
+
 def recorded_identity(out: Path, record: Record) -> Identity:
     """What a finished output was made of, by its own word."""
     return Identity(
@@ -171,14 +178,17 @@ def write_companions(
     """All of the output but its shards: config, tokenizer, index, card, recipe, and the record."""
     inputs, recipe, changed = plan.inputs, plan.recipe, changes.result()
     donor = inputs.donor
-    config = output_config(
-        donor.config,
-        dtype=recipe.out_dtype,
-        untied=plan.outline.untied,
-        vocabulary=plan.outline.vocabulary,
-    )
-    copy_donated(folder, donated(donor.path, plan.outline.tokenizer), donor.config, config)
-    write_index(folder, plan.layouts)
+    if plan.adapter:
+        write_adapter_config(folder, plan.adapter.config(display_name(donor.path)))
+    else:
+        config = output_config(
+            donor.config,
+            dtype=recipe.out_dtype,
+            untied=plan.outline.untied,
+            vocabulary=plan.outline.vocabulary,
+        )
+        copy_donated(folder, donated(donor.path, plan.outline.tokenizer), donor.config, config)
+        write_index(folder, plan.layouts)
     recipe_yaml = to_yaml(recipe, portable=True)
     folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]
     card = model_card(
@@ -187,15 +197,16 @@ def write_companions(
         method=recipe.method.name,
         recipe_yaml=recipe_yaml,
         library_version=__version__,
-        changed=[str(change) for change in changed],
+        changed=[*map(str, changed), *describe_missed(changes.missed())],
+        kind=recipe.kind,
         license=license_of(donor.path),
     )
     write_documents(folder, card=card, recipe=recipe_yaml)
-    write_record(folder, _record(plan, folder, identity, sink, changed))
+    write_record(folder, _record(plan, folder, identity, sink, changes))
 
 
 def _record(
-    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changed: Sequence[Change]
+    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
 ) -> Record:
     """What was merged, by what, and checksums of what came of it."""
     crcs = sink.sums.shards()
@@ -207,19 +218,33 @@ def _record(
     }
     return Record(
         streammerge=__version__,
+        kind=plan.recipe.kind,
         fingerprint=identity.fingerprint,
         method=plan.recipe.method.name,
         grid=identity.grid,
         environment=identity.environment,
         inputs=identity.inputs,
-        changes=tuple(_change(change) for change in changed),
+        changes=tuple(_change(change) for change in changes.result()),
+        approximations=_approximations(plan, changes),
         files=companion_digests(folder, shards),
         shards=shards,
         tensors=dict(sorted(sink.sums.tensors.items())),
     )
 
 
+def _approximations(plan: Plan, changes: Changes) -> dict[str, ApproximationRecord]:
+    ranks = {one.tensor: one.rank for one in plan.adapter.factored} if plan.adapter else {}
+    return {
+        name: ApproximationRecord(ranks[name], _digits(one.update), _digits(one.missed))
+        for name, one in changes.missed().items()
+    }
+
+
 def _change(change: Change) -> ChangeRecord:
-    # Six digits: the norms are for people, and summed with reassociation.
-    relative = None if change.relative is None else float(f"{change.relative:.6g}")
+    relative = None if change.relative is None else _digits(change.relative)
     return ChangeRecord(change.name, change.applied, change.total, relative)
+
+
+def _digits(norm: float) -> float:
+    """Six of them: norms are for people, and summed with reassociation."""
+    return float(f"{norm:.6g}")

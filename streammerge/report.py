@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,28 +37,73 @@ class Change:
         return f"{line}, mean relative change {100 * self.relative:.2g} %"
 
 
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """What a pair of factors misses of the merged update of one tensor; Frobenius norms."""
+
+    update: float
+    missed: float
+
+    @property
+    def relative(self) -> float:
+        """|missed| / |update|, 0 where there is no update."""
+        return self.missed / self.update if self.update else 0.0
+
+
+def describe_missed(missed: Mapping[str, Missed]) -> list[str]:
+    """A line on what factors miss of all updates together, and where most; none if nothing."""
+    if not missed:
+        return []
+    whole = Missed(
+        math.hypot(*(one.update for one in missed.values())),
+        math.hypot(*(one.missed for one in missed.values())),
+    )
+    worst = max(missed, key=lambda name: missed[name].relative)
+    return [
+        f"the factors miss {100 * whole.relative:.2g} % of the merged update, at most "
+        f"{100 * missed[worst].relative:.2g} % of a tensor's ({worst})"
+    ]
+
+
 class Changes:
     """Adds up squared norms, tile by tile in grid order, so that any order gives the same sums."""
 
-    def __init__(self, models: Sequence[Model], layouts: Sequence[ShardLayout]) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        layouts: Sequence[ShardLayout],
+        changes: Mapping[str, str],
+    ) -> None:
+        """`changes` tells of an output tensor which one of the base it changes."""
         self._models = models
-        self._tensors = {n: one for layout in layouts for n, one in layout.extents.items()}
+        self._changes = changes
+        extents = {n: one for layout in layouts for n, one in layout.extents.items()}
+        self._tensors = {tensor: extents[name] for name, tensor in changes.items()}
         self._tiles: dict[str, dict[int, PerModel]] = {}
         self._applied = [0] * len(self._models)
         self._ratios: list[list[tuple[str, float]]] = [[] for _ in self._models]
+        self._missed: dict[str, Missed] = {}
 
     def add(
         self, tensor: str, index: int, pieces: int, models: Sequence[int], norms: PerModel
     ) -> None:
-        """Take the squared norms `[1 + models]` of a tile: of the base, then of each update."""
+        """Take the squared norms of a tile: of the base, then of each model's update.
+
+        And where the merged update is approximated, of that and of what is missed.
+        """
         if not models:
             return  # the base's own tensor in another dtype
+        tensor = self._changes[tensor]
         tiles = self._tiles.setdefault(tensor, {})
         tiles[index] = norms
         if len(tiles) < pieces:
             return
         del self._tiles[tensor]
-        base, *updates = np.sum([tiles[i] for i in sorted(tiles)], axis=0).tolist()
+        base, *others = np.sum([tiles[i] for i in sorted(tiles)], axis=0).tolist()
+        updates, approximation = others[: len(models)], others[len(models) :]
+        if approximation:
+            update, missed = approximation
+            self._missed[tensor] = Missed(math.sqrt(update), math.sqrt(missed))
         for model, squared in zip(models, updates, strict=True):
             if not self._models[model].takes_part(tensor):
                 continue
@@ -68,6 +113,7 @@ class Changes:
 
     def copied(self, tensor: str, path: str) -> None:
         """A tensor that was copied from a file: it is the model's whose file that is."""
+        tensor = self._changes[tensor]
         for index, model in enumerate(self._models):
             if model.stores(tensor, path) and model.takes_part(tensor):
                 self._applied[index] += self._is_merged(tensor)
@@ -81,6 +127,10 @@ class Changes:
             found.append(Change(model.name, applied, total, mean))
         return tuple(found)
 
+    def missed(self) -> dict[str, Missed]:
+        """What factors miss, by tensor; empty where all of them are exact."""
+        return {name: self._missed[name] for name in sorted(self._missed)}
+
     def _is_merged(self, tensor: str, model: Model | None = None) -> bool:
         """Whether a tensor counts: one with elements to merge, in which the model takes part."""
         spec = self._tensors[tensor].spec
@@ -93,8 +143,10 @@ class Report:
     """A finished merge."""
 
     out: Path
+    kind: Literal["model", "adapter"]
     already_done: bool  # the output was there, complete, before
     changes: tuple[Change, ...]
+    missed: Mapping[str, Missed]  # of an adapter as output
     tensors: int
     read_bytes: int
     written_bytes: int
@@ -107,4 +159,5 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**asdict(self), "out": str(self.out)}
+        missed = {name: one.relative for name, one in self.missed.items()}
+        return {**asdict(self), "out": str(self.out), "missed": missed}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -217,6 +217,13 @@ class Factors:
     def rank(self) -> int:
         return self.left.cols
 
+    def turned(self) -> Factors:
+        """The same update of the transposed tensor."""
+        left, right = (
+            replace(one, transposed=not one.transposed) for one in (self.right, self.left)
+        )
+        return replace(self, left=left, right=right)
+
 
 @dataclass(frozen=True, slots=True)
 class Addition:
@@ -281,8 +288,9 @@ class Terms:
 # ------------------------------------------------------------------------------------- methods
 
 # What a method is handed of a model: its difference from the base, its own weights, or, where
-# the recipe may do without a base, differences if it names one and weights if not.
-Space = Literal["deltas", "weights", "either"]
+# the recipe may do without a base, differences if it names one and weights if not. "cores" are
+# differences, too, but whole: as small matrices in a common basis, so they must be low-rank.
+Space = Literal["deltas", "weights", "either", "cores"]
 
 
 KnobValue = float | bool | str
@@ -348,7 +356,7 @@ class MethodSpec:
     name: str
     function: Callable[..., Any]
     space: Space
-    returns: Literal["rows", "coefficients"]
+    returns: Literal["rows", "coefficients", "core"]
     per_model: Mapping[str, Knob]
     shared: Mapping[str, Knob]
     statistics: Mapping[str, Statistic]
@@ -362,11 +370,11 @@ class MethodSpec:
 
     @property
     def needs_base(self) -> bool:
-        return self.space == "deltas"
+        return self.space in ("deltas", "cores")
 
     def on_deltas(self, *, has_base: bool) -> bool:
         """Whether it is handed differences from the base."""
-        return self.space == "deltas" or (self.space == "either" and has_base)
+        return self.needs_base or (self.space == "either" and has_base)
 
     @property
     def about(self) -> str:

@@ -6,7 +6,7 @@ It is a merge of which all but a sample counts as done, into a sink that compare
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from streammerge.recipe import to_yaml
 from streammerge.scheduler import Course, Done, drive, pieces_of
 from streammerge.storage.bytesource import Files
 from streammerge.storage.checksum import checksum
-from streammerge.storage.folder import open_model
+from streammerge.storage.header import read_header
 from streammerge.storage.record import RECIPE, Record, read_record
 from streammerge.storage.smallfile import open_regular, pread
 from streammerge.words import Extent, Tile
@@ -50,7 +50,7 @@ def recompute(
     plan = _plan(out, config, memory)
     elsewhere = _compare_identity(out, record, plan)
     sample = _sample(plan, tiles, record.fingerprint)
-    comparison, problems = _Comparison(out), Problems()
+    comparison, problems = _Comparison(out, record.shards), Problems()
     with plan.files, threadpool_limits(1, "blas"):
         _derive(plan, sample, comparison)
     for fault in comparison.faults:
@@ -128,8 +128,9 @@ def _others(job: Job, wanted: frozenset[int]) -> frozenset[int]:
 class _Comparison:
     """A sink that holds what it is given against the files of an output."""
 
-    def __init__(self, out: Path) -> None:
-        self._extents = open_model(out).tensors
+    def __init__(self, out: Path, shards: Iterable[str]) -> None:
+        headers = [read_header(out / name) for name in shards]
+        self._extents = {n: one for header in headers for n, one in header.tensors.items()}
         self.faults: list[BadInput] = []
 
     def write(self, extent: Extent, tile: Tile, stored: RawBytes) -> int:

@@ -105,7 +105,8 @@ def _check_structure(out: Path, record: Record, problems: Problems) -> list[Head
     found = [_try(problems, partial(_checked_header, out / n, record)) for n in record.shards]
     headers = [header for header in found if header is not None]
     if len(headers) == len(record.shards):
-        _try(problems, lambda: open_model(out))  # whether index and shards agree
+        if record.kind == "model":
+            _try(problems, lambda: open_model(out))  # whether index and shards agree
         _check_names(out, record, headers, problems)
     return headers
 

@@ -24,6 +24,8 @@ NAMES = (
     "ram",
     "ramplus_tl",
     "passthrough",
+    "tsv",
+    "iso_c",
 )
 
 CATALOGUE = load(__name__, NAMES)

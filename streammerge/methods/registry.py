@@ -1,7 +1,8 @@
 """`@method`: the function's signature is the whole declaration of a merge method.
 
     first argument      `Deltas` or `Weights`: whether the base is subtracted; `Vectors`: it is
-                        where there is one
+                        where there is one; `Cores`: it is, and what is handed over are whole
+                        matrices, small ones in a common orthonormal basis
     Annotated[PerModel, Knob(...)]     a parameter of each model
     Annotated[X, Knob(...)]            a parameter of the merge: X is float, bool, int (a whole
                         number) or Literal[...] (one of these names)
@@ -9,7 +10,8 @@
                         it may refer to knobs and statistics that are declared before it
     base: Base          the base's rows of the tile
     return type         `Rows`: called for every tile; `Coefficients`: called once per tensor,
-                        with None for the stack and the knobs of all models
+                        with None for the stack and the knobs of all models; `Core`, of a method
+                        on cores: called once per tensor
 
 A parameter whose name is a Python keyword carries a trailing underscore: `lambda_`.
 """
@@ -23,10 +25,15 @@ from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from streammerge.arrays import Base, Deltas, PerModel, Rows, Vectors, Weights
+from streammerge.arrays import Base, Core, Cores, Deltas, PerModel, Rows, Vectors, Weights
 from streammerge.words import Coefficients, Declared, Knob, MethodSpec, Space, Statistic
 
-_SPACES: Mapping[Any, Space] = {Deltas: "deltas", Weights: "weights", Vectors: "either"}
+_SPACES: Mapping[Any, Space] = {
+    Deltas: "deltas",
+    Weights: "weights",
+    Vectors: "either",
+    Cores: "cores",
+}
 
 
 def method(
@@ -77,11 +84,12 @@ def _declare(function: Callable[..., Any]) -> MethodSpec:
             per_model[name] = declared
         else:
             shared[name] = _of_type(declared, kind)
+    space = _space(function, hints.get(first.name))
     return MethodSpec(
         name=function.__name__,
         function=function,
-        space=_space(function, hints.get(first.name)),
-        returns=_returns(function, hints.get("return")),
+        space=space,
+        returns=_returns(function, space, hints.get("return")),
         per_model=MappingProxyType(per_model),
         shared=MappingProxyType(shared),
         statistics=MappingProxyType(statistics),
@@ -114,12 +122,18 @@ def _annotation(
 def _space(function: Callable[..., Any], hint: Any) -> Space:
     if hint not in _SPACES:
         raise TypeError(
-            f"{function.__name__}: the first argument must be Deltas, Weights or Vectors"
+            f"{function.__name__}: the first argument must be Deltas, Weights, Vectors or Cores"
         )
     return _SPACES[hint]
 
 
-def _returns(function: Callable[..., Any], hint: Any) -> Literal["rows", "coefficients"]:
+def _returns(
+    function: Callable[..., Any], space: Space, hint: Any
+) -> Literal["rows", "coefficients", "core"]:
+    if space == "cores":
+        if hint == Core:
+            return "core"
+        raise TypeError(f"{function.__name__}: the return type must be Core, as it is of Cores")
     if hint is Coefficients:
         return "coefficients"
     if hint == Rows:

@@ -11,35 +11,28 @@ import numpy as np
 from streammerge import grid
 from streammerge.arrays import PerModel, Rows
 from streammerge.memory import Scratch
-from streammerge.planning.inputs import Inputs, Model
+from streammerge.planning.inputs import Inputs
+from streammerge.planning.pairs import Pairs
+from streammerge.planning.parts import Assembly
 from streammerge.planning.spill import Choice, Chooser
 from streammerge.planning.spilling import Spilling
 from streammerge.recipe import Recipe
-from streammerge.sources.adapted import Adapted, Change
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.sources.dense import Dense
-from streammerge.sources.dora import DoraOfColumns, DoraOfRows
-from streammerge.sources.low_rank import Product
+from streammerge.sources.direct import Direct
+from streammerge.sources.factor_rows import Added
 from streammerge.sources.prepared import Prepared
-from streammerge.sources.replaced import Replaced
-from streammerge.sources.scaled import Scaled
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.shard import ShardLayout
 from streammerge.storage.spill import SpillStore
 from streammerge.words import (
-    Addition,
-    Dora,
     Extent,
-    Factors,
-    Knobs,
     Merged,
-    Replacement,
     Source,
     StatisticValue,
     Tile,
-    Update,
 )
 
 
@@ -101,12 +94,8 @@ class Composer:
         self._inputs = inputs
         self._files = files
         self._spilling = Spilling(recipe.method, inputs, chooser, store)
-        self._shared = recipe.shared
-        self._seed = recipe.seed
-        self._per_model = {
-            name: np.array([entry.knobs[name] for entry in recipe.entries], np.float64)
-            for name in recipe.method.per_model
-        }
+        self.assembly = Assembly(recipe, inputs, files)
+        self.pairs = Pairs(recipe, files)
         self._on_deltas = recipe.method.on_deltas(has_base=recipe.base is not None)
 
     def jobs(self, layouts: Sequence[ShardLayout]) -> Iterator[Job]:
@@ -126,30 +115,27 @@ class Composer:
         return self._merged(name, target)
 
     def _merged(self, name: str, target: Extent) -> Job:
-        base = Dense(self._files, self._inputs.base.tensors[name]) if self._inputs.base else None
-        sources = self._sources(name, base)
-        part = tuple(range(len(sources)))
-        if self._on_deltas:  # the base's own delta is nothing
-            part = tuple(i for i in part if sources[i] is not base)
-            if base is not None and not part:
-                return self._unchanged(base, target)
-        knobs = Knobs(self._per_model, self._shared, len(sources), part, self._seed)
-        chosen, choices = self._spilling.apply(knobs, base, [sources[i] for i in part])
+        parts = self.assembly.parts(name)
+        base, part = parts.base, parts.positions
+        if self._on_deltas and base is not None and not part:
+            return self._unchanged(base, target)
+        pair = self.pairs.in_core(name, parts)
+        if pair is not None and base is not None:
+            return MergeJob(Direct(Added(base, pair)), target, part)
+        chosen, choices = self._spilling.apply(parts.knobs, base, parts.models)
         if self._method.returns == "rows":
-            applied = Applied(self._method, knobs, base, chosen)
+            applied = Applied(self._method, parts.knobs, base, chosen)
             return _merge_job(applied, chosen, target, part, choices)
-        merged = Combined(self._files, self._method, knobs, base, chosen)
-        found = None if merged.waves() else merged.coefficients({})
-        factors = [found.models[i] for i in part] if found else []
-        numbers = [factor for factor in factors if isinstance(factor, float)]
-        if found is None or found.base != 1.0 or len(numbers) < len(part):
+        merged = Combined(self._files, self._method, parts.knobs, base, chosen)
+        numbers = parts.known_factors(merged)
+        if numbers is None:
             return _merge_job(merged, chosen, target, part, choices)
         return self._weighted(base, chosen, numbers, part, target)
 
     def _larger(self, name: str, known: Job, target: Extent) -> Job:
         """`known`, with the rows that the base lacks: the weighted mean of the models' that have
         them. What one model stores and nothing changes is copied with all its rows."""
-        owners = list(self._owners(name, target.spec.rows))
+        owners = list(self.assembly.owners(name, target.spec.rows))
         if isinstance(known, CopyJob):
             own = owners[0][0].extent
             if len(owners) == 1 and (own.path, own.offset) == (
@@ -162,69 +148,9 @@ class Composer:
             known = MergeJob(merged, known.target, ())
         total = sum(weight for _, weight in owners)
         shares = [weight / total for _, weight in owners]
-        sources = [
-            self._replaced(Dense(self._files, update.extent), update, on_base=False)
-            for update, _ in owners
-        ]
+        sources = [self.assembly.all_rows(update) for update, _ in owners]
         beyond = WeightedSum(self._files, None, sources, shares, "weights")
         return replace(known, target=target, beyond=beyond)
-
-    def _owners(self, name: str, rows: int) -> Iterator[tuple[Replacement, float]]:
-        """What holds all rows of a larger vocabulary, and with which weight."""
-        weights = self._per_model.get("weight", np.ones(len(self._inputs.models)))
-        for model, weight in zip(self._inputs.models, weights, strict=True):
-            update = model.adapter.updates.get(name) if model.adapter else None
-            if isinstance(update, Replacement) and update.extent.spec.rows == rows:
-                yield update, float(weight)
-
-    def _sources(self, name: str, base: Dense | None) -> list[Source]:
-        """Each model's tensor; the base itself for those that leave it alone."""
-        stored: dict[str, Dense] = {}
-        if base is not None:
-            stored[base.extent.path] = base
-        sources: list[Source] = []
-        for model in self._inputs.models:
-            extent = self._stored(model, name)
-            rows = stored.setdefault(extent.path, Dense(self._files, extent))
-            update = model.adapter.updates.get(name) if model.adapter else None
-            if update is None:
-                sources.append(rows)
-            else:
-                on_base = rows is base and self._on_deltas
-                sources.append(self._adapted(rows, update, on_base=on_base))
-        return sources
-
-    def _adapted(self, rows: Source, update: Update, *, on_base: bool) -> Source:
-        """The source that does what an adapter asks for."""
-        change: Change
-        match update:
-            case Replacement():
-                return self._replaced(rows, update, on_base=on_base)
-            case Factors():
-                change = Product(self._files, [update])
-            case Addition():
-                change = Scaled(self._files, update)
-            case Dora():
-                kind = DoraOfRows if update.norms_of == "rows" else DoraOfColumns
-                change = kind(self._files, rows, update)
-        return Adapted(rows, change, on_base=on_base)
-
-    def _replaced(self, rows: Source, update: Replacement, *, on_base: bool) -> Source:
-        """A tensor, or rows of one, that the adapter holds itself; the model's own are no part."""
-        extent, known = update.extent, rows.spec
-        if (
-            update.rows is None and extent.spec.rows > known.rows
-        ):  # the first of a larger vocabulary
-            extent = replace(extent, spec=replace(extent.spec, shape=known.shape))
-        new: Source = Dense(self._files, extent)
-        if update.rows is not None:
-            new = Replaced(self._files, rows, update.extent, update.rows, on_base=on_base)
-        return self._adapted(new, update.then, on_base=False) if update.then else new
-
-    def _stored(self, model: Model, name: str) -> Extent:
-        """The model's own tensor; the donor's for buffers that only the donor stores."""
-        own = model.folder.tensors
-        return own[name] if name in own else self._inputs.donor.tensors[name]
 
     def _weighted(
         self,

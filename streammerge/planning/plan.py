@@ -10,6 +10,7 @@ from typing import Any
 
 from streammerge import system
 from streammerge.errors import BudgetError, OutputRefused, Problems
+from streammerge.planning.adapter_output import AdapterOutput, adapter_output
 from streammerge.planning.budget import Flight, Start, fit
 from streammerge.planning.checks import check_models, float64_note, template_notes
 from streammerge.planning.cost import Demand, add_up, predict_seconds, spilled_at_once
@@ -17,6 +18,9 @@ from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.layout import lay_out_shards
 from streammerge.planning.outline import Outline
+from streammerge.planning.pairs import Pairs
+from streammerge.planning.parts import Assembly
+from streammerge.planning.spaces import Split, check_adapter, check_core, split
 from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
 from streammerge.planning.ties import settle_tie
 from streammerge.planning.vocabulary import settle_vocabulary
@@ -35,6 +39,7 @@ class Plan:
     inputs: Inputs
     outline: Outline
     layouts: tuple[ShardLayout, ...]
+    adapter: AdapterOutput | None  # what is written instead of a model
     files: Files
     chooser: Chooser
     store: SpillStore
@@ -49,7 +54,13 @@ class Plan:
     def jobs(self) -> Iterator[Job]:
         """Composed one by one, in the order of the output's files."""
         composer = Composer(self.recipe, self.inputs, self.files, self.chooser, self.store)
-        return composer.jobs(self.layouts)
+        return _jobs(composer, self.layouts, self.adapter)
+
+    def changes(self) -> dict[str, str]:
+        """Output tensor -> the base's that it changes."""
+        if self.adapter:
+            return self.adapter.changes()
+        return {name: name for layout in self.layouts for name in layout.extents}
 
     def spilling(
         self, beside: Path, output: Path, fingerprint: str
@@ -152,13 +163,19 @@ def make_plan(
             notes += [f"{model.name}: {line}" for line in model.adapter.notes]
             warnings += [f"{model.name}: {line}" for line in model.adapter.warnings]
     files = Files(inputs.stamps(), io)
+    found = split(inputs)
+    notes += check_core(recipe, found, problems)
+    adapter = _adapter(recipe, inputs, outline, found, files, problems)
+    problems.raise_any()
     layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
+    layouts = (adapter.layout(),) if adapter else layouts
     store = SpillStore(spill.cache, keep=spill.keep)
     size = sum(layout.size_bytes for layout in layouts)
 
     def fitted(options: SpillOptions) -> _Fitted:
         chooser = Chooser(options, threads)
-        demand = add_up(Composer(recipe, inputs, files, chooser, store).jobs(layouts))
+        composer = Composer(recipe, inputs, files, chooser, store)
+        demand = add_up(_jobs(composer, layouts, adapter))
         start = Start(system.resident_bytes(), system.peak_resident_bytes())
         flight = fit(demand, start, budget_bytes, threads)
         if demand.spill.nbytes:
@@ -173,6 +190,7 @@ def make_plan(
         inputs=inputs,
         outline=outline,
         layouts=layouts,
+        adapter=adapter,
         files=files,
         chooser=chooser,
         store=store,
@@ -200,6 +218,28 @@ def _with_spill(
             raise
         found = fitted(replace(options, mode="never"))
         return *found, [f"nothing is spilled: {problem.what}"]
+
+
+def _adapter(
+    recipe: Recipe,
+    inputs: Inputs,
+    outline: Outline,
+    found: Split,
+    files: Files,
+    problems: Problems,
+) -> AdapterOutput | None:
+    if recipe.kind == "model":
+        return None
+    before = len(problems)
+    assembly, pairs = Assembly(recipe, inputs, files), Pairs(recipe, files)
+    check_adapter(recipe, found, assembly, pairs, problems)
+    return adapter_output(recipe, inputs, outline, found) if len(problems) == before else None
+
+
+def _jobs(
+    composer: Composer, layouts: tuple[ShardLayout, ...], adapter: AdapterOutput | None
+) -> Iterator[Job]:
+    return adapter.jobs(composer, layouts[0]) if adapter else composer.jobs(layouts)
 
 
 def _ranks(inputs: Inputs) -> int:

@@ -79,6 +79,7 @@ class _Reading:
         listed = len(self._shape.models or ()) + len(self._shape.adapters or ())
         self._whole = len(drafts) == listed
         output, shard_bytes = self._output()
+        self._check_isotropize()
         method = self._method()
         if method is None:
             return None
@@ -98,8 +99,12 @@ class _Reading:
             out_dtype=self._out_dtype(),
             seed=self._shape.seed or 0,
             tokenizer=self._shape.tokenizer_source,
-            output=output,
+            output=output.path,
             shard_bytes=shard_bytes,
+            kind=output.kind,
+            rank=output.rank,
+            space=self._shape.space or "full",
+            isotropize=self._shape.isotropize or False,
             folder=self._folder,
             warnings=tuple(f"{place}: {text}" for place, text in sorted(self._warnings)),
         )
@@ -204,14 +209,33 @@ class _Reading:
         name = self._shape.out_dtype or self._shape.dtype
         return FLOAT_NAMES[name] if name else None
 
-    def _output(self) -> tuple[str | None, int | None]:
-        if not isinstance(self._shape.output, dict):
-            return self._shape.output, None
+    def _output(self) -> tuple[OutputShape, int | None]:
+        """What `output` says, and its shard size in bytes."""
+        given = self._shape.output
+        if not isinstance(given, dict):
+            return OutputShape.model_validate({"path": given}), None
         output = shaped(OutputShape, self._document, ("output",), self._problems)
-        if output is None or output.shard_size is None:
-            return output.path if output else None, None
+        if output is None:
+            return OutputShape.model_validate({}), None
+        unfit = "shard_size" if output.kind == "adapter" else "rank"
+        if getattr(output, unfit) is not None:
+            self._problems.add(self._unfit(unfit, output.kind))
+            return output, None
+        return output, self._shard_bytes(output.shard_size)
+
+    def _unfit(self, key: str, kind: str) -> ConfigError:
+        other = "model" if kind == "adapter" else "adapter"
+        return ConfigError(
+            f"output.{key} does not go with kind: {kind}",
+            where=self._document.spot(("output", key)).key,
+            found=f"the key {key!r}",
+            expected="one file of factors" if kind == "adapter" else "tensors of the base's shapes",
+            remedy=f"remove it, or write `kind: {other}`",
+        )
+
+    def _shard_bytes(self, size: int | str | None) -> int | None:
         try:
-            return output.path, parse_size(str(output.shard_size))
+            return None if size is None else parse_size(str(size))
         except ConfigError as problem:
             place = self._document.spot(("output", "shard_size")).value
             self._problems.add(
@@ -223,4 +247,16 @@ class _Reading:
                     remedy=problem.remedy,
                 )
             )
-            return output.path, None
+            return None
+
+    def _check_isotropize(self) -> None:
+        if not self._shape.isotropize or self._shape.space == "core":
+            return
+        self._problems.add(
+            ConfigError(
+                "isotropize needs core space",
+                where=self._document.spot(("isotropize",)).key,
+                found="isotropize: true without space: core",
+                remedy="add `space: core`: there the singular values are few, and known exactly",
+            )
+        )

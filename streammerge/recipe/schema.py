@@ -82,7 +82,8 @@ class OutputShape(Shape):
     """`output` as a mapping."""
 
     path: Text | None = Field(None, description="text: the path of a folder")
-    kind: Literal["model"] = Field("model", description="model (adapter is not supported yet)")
+    kind: Literal["model", "adapter"] = Field("model", description="model or adapter")
+    rank: int | None = Field(None, ge=1, description="a whole number, at least 1")
     shard_size: int | Text | None = Field(None, description="a size such as 2GiB or 512MiB")
 
 
@@ -101,8 +102,10 @@ class RecipeShape(Shape):
         None, description="text: the name of the adapter whose tokenizer the output takes, or base"
     )
     output: Text | dict[str, Any] | None = Field(
-        None, description="a path, or a mapping {path, shard_size}"
+        None, description="a path, or a mapping {path, kind, rank, shard_size}"
     )
+    space: Literal["full", "core"] | None = Field(None, description="full or core")
+    isotropize: bool | None = Field(None, description="true or false")
     name: Text | None = Field(None, description="text")
 
 
@@ -118,7 +121,6 @@ KEYS_NOT_YET = {
     "tokenizer": "name an adapter, or the base, with tokenizer_source: NAME",
     "chat_template": "remove it to take the base model's template",
     "override_architecture": "remove it; names and shapes of tensors are all that is used",
-    "rank": "remove it; it belongs to `kind: adapter`, which is not supported yet either",
 }
 
 S = TypeVar("S", bound=Shape)

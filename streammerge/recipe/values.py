@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from streammerge.errors import Place
 from streammerge.words import DType, KnobValue, MethodSpec
@@ -47,8 +48,9 @@ class Recipe:
     `shared` holds every shared knob of the method, with defaults applied. `out_dtype` is the
     recipe's `out_dtype`, else its `dtype`. `tokenizer` is the name of the entry whose adapter gives
     it, or "base"; None where the inputs decide. `output` is a path and `shard_bytes` the most bytes
-    of an output file. Relative paths start at `folder`: the recipe file's, or the working
-    directory. `warnings` are whole lines, one for each key that has no effect, with its places.
+    of an output file; `rank` is the most that an adapter as output may have, None for as much as it
+    takes. Relative paths start at `folder`: the recipe file's, or the working directory.
+    `warnings` are whole lines, one for each key that has no effect, with its places.
     """
 
     method: MethodSpec
@@ -60,5 +62,9 @@ class Recipe:
     tokenizer: str | None
     output: str | None
     shard_bytes: int | None
+    kind: Literal["model", "adapter"]
+    rank: int | None
+    space: Literal["full", "core"]
+    isotropize: bool  # in core space: the merged singular values become their mean
     folder: Path
     warnings: tuple[str, ...] = field(compare=False)

@@ -33,6 +33,8 @@ def to_yaml(recipe: Recipe, *, portable: bool = False) -> str:
             _adapter(entry, entry.adapter) for entry in subject.entries[first:] if entry.adapter
         ],
         "parameters": dict(subject.shared),
+        "space": None if subject.space == "full" else subject.space,
+        "isotropize": subject.isotropize or None,
         "out_dtype": subject.out_dtype and dtypes[subject.out_dtype],
         "seed": subject.seed,
         "tokenizer_source": subject.tokenizer,
@@ -94,10 +96,15 @@ def _residual(entry: Entry) -> dict[str, bool]:
 
 
 def _output(recipe: Recipe) -> str | dict[str, str | int] | None:
-    if recipe.shard_bytes is None:
+    if recipe.shard_bytes is None and recipe.kind == "model":
         return recipe.output
-    path = {} if recipe.output is None else {"path": recipe.output}
-    return {**path, "shard_size": recipe.shard_bytes}
+    said: dict[str, str | int | None] = {
+        "path": recipe.output,
+        "kind": None if recipe.kind == "model" else recipe.kind,
+        "rank": recipe.rank,
+        "shard_size": recipe.shard_bytes,
+    }
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _portable(recipe: Recipe) -> Recipe:

@@ -18,6 +18,7 @@ from streammerge.storage.record import RECIPE, RECORD, Record
 from streammerge.storage.shard import ShardLayout
 
 CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def copy_donated(
@@ -45,6 +46,11 @@ def write_index(folder: Path, layouts: Sequence[ShardLayout]) -> None:
     total = sum(extent.spec.nbytes for extent in extents.values())
     weight_map = {name: extent.path for name, extent in extents.items()}
     write_file(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def write_adapter_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """What PEFT loads an adapter by."""
+    write_file(folder / ADAPTER_CONFIG, _json(config))
 
 
 def write_documents(folder: Path, *, card: str, recipe: str) -> None:

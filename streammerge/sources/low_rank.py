@@ -41,7 +41,7 @@ class Product:
         self._files = files
         self.factors = tuple(factors)
         self._weights = tuple(weights or (1.0,) * len(self.factors))
-        self._rank = sum(pair.rank for pair in self.factors)
+        self.rank = sum(pair.rank for pair in self.factors)
         self._cols = self.factors[0].right.cols
         self._lock = threading.Lock()
         self._right: Rows | None = None
@@ -50,7 +50,7 @@ class Product:
 
     @property
     def resident_bytes(self) -> int:
-        return 4 * self._rank * self._cols
+        return 4 * self.rank * self._cols
 
     def read_bytes(self, tile: Tile) -> int:
         """Of the left factors; the right ones are counted by `once_bytes`, once per tensor."""
@@ -75,8 +75,8 @@ class Product:
         rows = len(range(tile.start, tile.stop, tile.row_step))
         loading = max(_stored_bytes(one.right) + 4 * _elements(one.right) for one in self.factors)
         widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self.factors)
-        thinned = 4 * self._rank * self._cols // tile.col_step if tile.col_step > 1 else 0
-        band = rows * (8 * self._rank + widest) + thinned + self._whole_row_bytes(tile)
+        thinned = 4 * self.rank * self._cols // tile.col_step if tile.col_step > 1 else 0
+        band = rows * (8 * self.rank + widest) + thinned + self._whole_row_bytes(tile)
         return band + loading
 
     def _whole_row_bytes(self, tile: Tile) -> int:
@@ -88,7 +88,7 @@ class Product:
 
     def rows(self, tile: Tile, own: Rows | None, out: Rows, scratch: Scratch) -> None:
         """The summed update of a tile, `[rows, cols]`, whatever rows it is added to."""
-        left = self._left(tile, scratch)
+        left = self.left(tile, scratch)
         self._multiply(tile, left, out)
 
     def rows_and_norms(
@@ -98,13 +98,16 @@ class Product:
 
         `weights` stand in for those that the product was made with.
         """
-        right = self._load()
-        left = self._left(tile, scratch)
-        if not self._grams:
-            self._grams = self._right_grams(right)
-        norms = squared_norms(left, self._grams, [pair.scale for pair in self.factors])
+        left = self.left(tile, scratch)
+        norms = self.norms(left)
         self._multiply(tile, left, out, weights)
         return norms
+
+    def norms(self, left: Rows) -> PerModel:
+        """Squared norms of each `scale_i * left_i @ right_i` over rows of the left factors."""
+        if not self._grams:
+            self._grams = self._right_grams(self.right())
+        return squared_norms(left, self._grams, [pair.scale for pair in self.factors])
 
     def gram(self, tile: Tile, scratch: Scratch) -> NDArray[np.float64]:
         """`[factors, factors]`: inner products of the `scale_i * left_i @ right_i` over the tile.
@@ -112,14 +115,14 @@ class Product:
         In float64: `<l_i r_i, l_j r_j>` is the sum of `(l_i.T l_j) * (r_i r_j.T)`, so no product
         of the tile's size is formed.
         """
-        right = self._load()
-        left = self._left(tile, scratch)
+        right = self.right()
+        left = self.left(tile, scratch)
         with self._lock:
             if self._right_gram is None:
                 self._right_gram = gram(right)
         wide: NDArray[np.float64] = scratch.array("left of gram", left.shape, np.float64)
         wide[...] = left
-        small: NDArray[np.float64] = scratch.array("gram", (self._rank,) * 2, np.float64)
+        small: NDArray[np.float64] = scratch.array("gram", (self.rank,) * 2, np.float64)
         np.matmul(wide.T, wide, out=small)
         small *= self._right_gram
         starts = np.cumsum([0, *(pair.rank for pair in self.factors[:-1])])
@@ -130,13 +133,13 @@ class Product:
     @property
     def gram_resident_bytes(self) -> int:
         """What `gram` holds besides, until `release`."""
-        return 8 * self._rank**2
+        return 8 * self.rank**2
 
     def gram_scratch_bytes(self, tile: Tile) -> int:
         """What one `gram` of the tile takes from the scratch and besides."""
         rows = len(range(tile.start, tile.stop, tile.row_step))
-        sums = 8 * self._rank * (2 * self._rank + len(self.factors))
-        return self.scratch_bytes(tile) + 8 * rows * self._rank + sums
+        sums = 8 * self.rank * (2 * self.rank + len(self.factors))
+        return self.scratch_bytes(tile) + 8 * rows * self.rank + sums
 
     def release(self) -> None:
         with self._lock:
@@ -152,15 +155,15 @@ class Product:
         for pair, weight in zip(self.factors, weights or self._weights, strict=True):
             left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
             start += pair.rank
-        right = self._load()
+        right = self.right()
         if tile.col_step > 1:
             right = np.ascontiguousarray(right[:, :: tile.col_step])
         multiply(left, right, out)
 
-    def _left(self, tile: Tile, scratch: Scratch) -> Rows:
+    def left(self, tile: Tile, scratch: Scratch) -> Rows:
         """The tile's rows of the left factors side by side, unscaled: `[rows, sum of ranks]`."""
         rows = range(tile.start, tile.stop, tile.row_step)
-        left: Rows = scratch.array("left", (len(rows), self._rank), np.float32)
+        left: Rows = scratch.array("left", (len(rows), self.rank), np.float32)
         start = 0
         for pair in self.factors:
             block = left[:, start : start + pair.rank]
@@ -168,11 +171,11 @@ class Product:
             start += pair.rank
         return left
 
-    def _load(self) -> Rows:
+    def right(self) -> Rows:
         """The right factors under each other: `[sum of ranks, cols]`."""
         with self._lock:
             if self._right is None:
-                right: Rows = np.empty((self._rank, self._cols), np.float32)
+                right: Rows = np.empty((self.rank, self._cols), np.float32)
                 start, own = 0, Scratch()  # not the worker's: this is used once per tensor
                 for pair in self.factors:
                     block = right[start : start + pair.rank]

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -35,6 +35,12 @@ A merge of {names}, made by streammerge {version} with the method {method}.
 
 {changed}## How to load it
 
+{loading}
+A model of another kind loads by the class for its task, such as `AutoModelForImageTextToText`.
+"""
+
+_LOADING = {
+    "model": """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,9 +48,18 @@ folder = "."  # where this file is, or the id of this repository
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
+""",
+    "adapter": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-A model of another kind loads by the class for its task, such as `AutoModelForImageTextToText`.
-"""
+base = AutoModelForCausalLM.from_pretrained("...", dtype="auto")  # the base model named above
+model = PeftModel.from_pretrained(base, ".")  # where this file is, or the id of this repository
+```
+""",
+}
+_LIBRARY = {"model": "transformers", "adapter": "peft"}
 
 
 def model_card(
@@ -56,6 +71,7 @@ def model_card(
     library_version: str,
     changed: Sequence[str],
     license: str | None,
+    kind: Literal["model", "adapter"] = "model",
 ) -> str:
     """The README.md of an output.
 
@@ -72,8 +88,9 @@ def model_card(
         fence="`" * max(3, _longest_ticks(recipe_yaml) + 1),
         recipe=recipe_yaml.rstrip("\n"),
         changed="".join(f"- {_line(line)}\n" for line in changed) + "\n" if changed else "",
+        loading=_LOADING[kind],
     )
-    return f"---\n{_front_matter(names, license)}---\n\n{body}"
+    return f"---\n{_front_matter(names, license, _LIBRARY[kind])}---\n\n{body}"
 
 
 def license_of(folder: Path) -> str | None:
@@ -88,13 +105,13 @@ def license_of(folder: Path) -> str | None:
     return stated[2] if stated else None
 
 
-def _front_matter(names: Sequence[str], license: str | None) -> str:
+def _front_matter(names: Sequence[str], license: str | None, library: str) -> str:
     # The hub refuses a card whose base_model could not be an id; such names stand in the text.
     bases = [name for name in names if is_hub_id(name)]
     front: dict[str, Any] = {"license": license} if license else {}
     if bases:
         front |= {"base_model": bases, "base_model_relation": "merge"}
-    front |= {"library_name": "transformers", "tags": ["merge", "streammerge"]}
+    front |= {"library_name": library, "tags": ["merge", "streammerge"]}
     return str(yaml.safe_dump(front, sort_keys=False, allow_unicode=True))
 
 

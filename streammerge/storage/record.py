@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streammerge.errors import StreammergeError
 from streammerge.storage.smallfile import bad, parse_json, read_small, show
@@ -38,16 +38,27 @@ class ChangeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ApproximationRecord:
+    """The factors of one tensor's merged update: their rank, and norms of it and of the rest."""
+
+    rank: int
+    update: float
+    missed: float
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """Everything that `streammerge.json` says. Nothing tells when, where or by whom."""
 
     streammerge: str  # version
+    kind: Literal["model", "adapter"]
     fingerprint: str
     method: str
     grid: int  # elements of a tile
     environment: Mapping[str, Any]
     inputs: Mapping[str, Any]
     changes: tuple[ChangeRecord, ...]
+    approximations: Mapping[str, ApproximationRecord]  # of an adapter, by the base's tensor
     files: Mapping[str, str]  # sha256 of each file but the shards and this one
     shards: Mapping[str, ShardRecord]
     tensors: Mapping[str, int | None]  # crc32c; None where it was copied unread
@@ -87,7 +98,10 @@ def _parsed(document: dict[str, Any]) -> Record:
     """The document as values; whatever does not fit raises."""
     shards = {name: ShardRecord(**shard) for name, shard in document.pop("shards").items()}
     changes = tuple(ChangeRecord(**change) for change in document.pop("changes"))
-    record = Record(changes=changes, shards=shards, **document)
+    approximations = {
+        name: ApproximationRecord(**one) for name, one in document.pop("approximations").items()
+    }
+    record = Record(changes=changes, shards=shards, approximations=approximations, **document)
     whole_or_none, number_or_none = (int, type(None)), (float, int, type(None))
     for shard in shards.values():
         _expect((int,), shard.bytes)
@@ -97,6 +111,11 @@ def _parsed(document: dict[str, Any]) -> Record:
         _expect((str,), change.model)
         _expect((int,), change.applied, change.total)
         _expect(number_or_none, change.relative)
+    for one in approximations.values():
+        _expect((int,), one.rank)
+        _expect((float, int), one.update, one.missed)
+    if record.kind not in ("model", "adapter"):
+        raise ValueError(f"{show(record.kind)} is no kind of output")
     _expect((str,), *record.files.values(), record.streammerge, record.fingerprint, record.method)
     _expect(whole_or_none, *record.tensors.values())
     _expect((int,), record.grid)

@@ -58,6 +58,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         Entry(name, model, adapter, draw(knobs), PLACE, adapter is not None and draw(st.booleans()))
         for name, (model, adapter) in zip(names, drawn, strict=True)
     ]
+    adapter, core = draw(st.booleans()), draw(st.booleans())
     return Recipe(
         method=TIES,
         base=base,
@@ -67,7 +68,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         seed=draw(st.integers(0, 2**63 - 1)),
         output=draw(st.none() | text),
         tokenizer=draw(st.none() | st.just("base")),
-        shard_bytes=draw(st.none() | st.integers(1, 2**63 - 1)),
+        shard_bytes=None if adapter else draw(st.none() | st.integers(1, 2**63 - 1)),
+        kind="adapter" if adapter else "model",
+        rank=draw(st.none() | st.integers(1, 512)) if adapter else None,
+        space="core" if core else "full",
+        isotropize=core and draw(st.booleans()),
         folder=FOLDER,
         warnings=(),
     )

@@ -279,10 +279,22 @@ def test_a_number_that_is_not_whole(value: str) -> None:
     assert_says(problem, 4, 21, "parameters.steps", "a whole number at least 1", "10")
 
 
-def test_an_adapter_as_output_is_refused_by_name() -> None:
-    found, _ = refused(LINEAR + "models: [{model: a}]\noutput: {kind: adapter, rank: 8}")
-    assert "adapter is not supported yet" in str(found[0])
-    assert "output.rank is not supported yet" in str(found[1])
+@pytest.mark.parametrize(
+    ("output", "column", "words"),
+    [
+        ("{rank: 8}", 10, ("output.rank does not go with kind: model", "kind: adapter")),
+        ("{kind: adapter, shard_size: 1GB}", 25, ("output.shard_size does not go with",)),
+        ("{kind: adapter, rank: 0}", 31, ("output.rank is not valid", "at least 1")),
+        ("{kind: lora}", 16, ("output.kind is not valid", "model or adapter")),
+    ],
+)
+def test_an_output_of_two_minds(output: str, column: int, words: tuple[str, ...]) -> None:
+    assert_says(only(f"{LINEAR}models: [{{model: a}}]\noutput: {output}"), 3, column, *words)
+
+
+def test_isotropize_without_core_space() -> None:
+    problem = only(LINEAR + "models: [{model: a}]\nisotropize: true")
+    assert_says(problem, 3, 1, "isotropize needs core space", "space: core")
 
 
 @pytest.mark.parametrize("text", ["a+b+c", "a@b@c", "+b", "a+", "a@", "@r", "a@r+b@"])

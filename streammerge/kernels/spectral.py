@@ -1,0 +1,50 @@
+"""Linear algebra of small matrices in float64: all that is left of low-rank updates in a basis.
+
+Nothing here is larger than a block of rows, or than the sum of the updates' ranks squared. Singular
+vectors are fixed up to signs by LAPACK, so the results are the same on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from streammerge.arrays import Core
+
+# A direction is null below this share of the largest singular value. Float32 factors carry 6e-8,
+# and what they lose here is less than a rounding of the result; far smaller ones are noise.
+NULL = 1e-10
+
+
+def triangle(blocks: Iterable[Core], cols: int) -> Core:
+    """R `[at most cols, cols]` of a QR decomposition of blocks `[n, cols]` under each other.
+
+    Block by block, so that a tall matrix is never held: Demmel et al., "Communication-optimal
+    parallel and sequential QR", SIAM J. Sci. Comput. 2012.
+    """
+    found: Core = np.zeros((0, cols))
+    for block in blocks:
+        found = np.asarray(np.linalg.qr(np.vstack([found, block]), mode="r"))
+    return found
+
+
+def svd(matrix: Core) -> tuple[Core, Core, Core]:
+    """`(u [m, d], values [d], vt [d, n])`, d the numerical rank: null directions are dropped."""
+    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+    count = int(np.count_nonzero(values > NULL * values[:1].sum()))
+    return u[:, :count], values[:count], vt[:count]
+
+
+def isotropic(matrix: Core) -> Core:
+    """The matrix with its non-zero singular values replaced by their mean."""
+    u, values, vt = svd(matrix)
+    return np.asarray(u @ vt * (values.mean() if len(values) else 0.0))
+
+
+def polar(matrix: Core) -> Core:
+    """The nearest matrix with orthonormal columns: U V' of its SVD; null directions stay null."""
+    u, _, vt = svd(matrix)
+    return np.asarray(u @ vt)
