@@ -130,6 +130,7 @@ def test_what_peft_cannot_merge_either_is_refused_with_the_reason(
     with pytest.raises(StreammergeError, match=says) as caught:
         merge(tmp_path, base, adapter)
     assert caught.value.exit_code == 65
+    assert str(caught.value).count("remedy:") == 1, "one reason"
     with pytest.raises((NotImplementedError, RuntimeError)):
         merged_by_peft(base, adapter, tmp_path / "peft")
 
