@@ -96,6 +96,10 @@ def update_of(pair: Pair, scale: float, *, transposed: bool) -> Factors | Dora:
 
 def fits(pair: Pair, target: Extent, config: LoraConfig, findings: Findings) -> bool:
     """Whether a pair can be added to its target; what is wrong goes to `findings`."""
+    groups = _groups(pair, target.spec)
+    if groups > 1:  # its B has fewer columns than A has rows, and that is no mistake of its own
+        findings.add(_GROUPED, f"{pair.module}: {groups} groups, base {list(target.spec.shape)}")
+        return False
     mistakes = [*_unlike_config(pair, config), *_unlike_target(pair, target), *_no_numbers(pair)]
     for fault, line in mistakes:
         findings.add(fault, f"{pair.module}: {line}")
@@ -127,10 +131,6 @@ def _unlike_target(pair: Pair, target: Extent) -> Iterator[tuple[Fault, str]]:
     weight, update = target.spec, pair.update_shape
     if not weight.dtype.mergeable:
         yield _CODES, f"{weight.dtype.label} {list(weight.shape)}"
-    groups = _groups(pair, weight)
-    if groups > 1:
-        yield _GROUPED, f"{groups} groups, base {list(weight.shape)}"
-        return
     if not matches(pair, weight):
         yield _OTHER_SHAPE, f"update {list(update)}, base {list(weight.shape)}"
 

@@ -25,10 +25,6 @@ _NO_BIAS: Final = Fault(
     "a bias of the layer to add it to, of one number for each output feature",
     "train without lora_bias: no merged weight can hold such a bias; PEFT cannot merge it either",
 )
-_LONGER_COLUMNS: Final = Fault(
-    "DoRA on an embedding with more rows than the base's, which cannot be merged yet",
-    "the vocabulary of the base: lengths belong to columns, which the base has only in part",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +69,6 @@ def resolve_adapter(
     sound = [one for one in targets if fits(*one, folder.config, findings)]
     updates = _updates(folder, sound, Orientation(sound, base_config, folder.config))
     updates |= _biases(folder, sound, base, findings)
-    for pair, target in sound:
-        if (
-            pair.embedding
-            and pair.magnitude
-            and target.spec.rows != base[target.spec.name].spec.rows
-        ):
-            findings.add(_LONGER_COLUMNS, f"{pair.module}: {list(target.spec.shape)}")
     _raise_any(findings, folder, bool(names))
     updates = replacements.before(updates)
     notes = [*folder.notes, *_notes(folder, updates, base, move, contents.training_state)]

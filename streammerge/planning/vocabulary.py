@@ -98,7 +98,8 @@ def _left_behind(
     for name in larger:
         for model in inputs.models:
             update = model.adapter.updates.get(name) if model.adapter else None
-            if isinstance(update, Replacement) and isinstance(update.then, Dora):
+            then = update.then if isinstance(update, Replacement) else None
+            if isinstance(then, Dora) and then.norms_of == "columns":
                 yield BadInput(
                     "DoRA on an embedding of a larger vocabulary cannot be merged",
                     where=f"{model.name}: {name}",

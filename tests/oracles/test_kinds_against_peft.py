@@ -130,22 +130,45 @@ def test_what_peft_cannot_merge_either_is_refused_with_the_reason(
     with pytest.raises(StreammergeError, match=says) as caught:
         merge(tmp_path, base, adapter)
     assert caught.value.exit_code == 65
+    assert str(caught.value).count("remedy:") == 1, "one reason"
     with pytest.raises((NotImplementedError, RuntimeError)):
         merged_by_peft(base, adapter, tmp_path / "peft")
 
 
-def test_lengths_of_longer_columns_are_refused(shelf: Shelf, tmp_path: Path) -> None:
-    """PEFT saves the embedding that was given more rows, and lengths of its longer columns."""
+def train_larger(shelf: Shelf, folder: Path, **options: Any) -> Any:
+    """A DoRA on a model that was given four more tokens; returns PEFT's unmerged model."""
+    import torch
     from peft import LoraConfig, get_peft_model
 
-    base = model_of(shelf, "llama")
-    model = load_any(base)
+    torch.manual_seed(3)
+    model = load_any(model_of(shelf, "llama"))
     model.resize_token_embeddings(VOCABULARY + 4)
-    options = {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}
-    get_peft_model(model, LoraConfig(**options)).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(StreammergeError, match="DoRA on an embedding with more rows") as caught:
-        merge(tmp_path, base, tmp_path / "adapter")
-    assert "model.embed_tokens: [101, 32]" in str(caught.value)
+    model = get_peft_model(model, LoraConfig(use_dora=True, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    return model.eval()
+
+
+def test_lengths_of_longer_columns_are_refused(shelf: Shelf, tmp_path: Path) -> None:
+    """The base has only a part of the columns that the lengths belong to."""
+    train_larger(shelf, tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"])
+    with pytest.raises(StreammergeError, match="DoRA on an embedding of a larger vocabulary"):
+        merge(tmp_path, model_of(shelf, "llama"), tmp_path / "adapter")
+
+
+def test_rows_that_the_base_lacks_have_their_lengths(shelf: Shelf, tmp_path: Path) -> None:
+    import torch
+
+    told = {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
+    theirs = train_larger(shelf, tmp_path / "adapter", **told)
+    merge(tmp_path, model_of(shelf, "llama"), tmp_path / "adapter")
+    tokens = torch.arange(VOCABULARY + 3).reshape(2, -1)
+    with torch.inference_mode():
+        expected = theirs(input_ids=tokens).logits
+        ours = load_any(tmp_path / "merged")(input_ids=tokens).logits
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 # ----------------------------------------------------------------- bases that training changed
