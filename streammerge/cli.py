@@ -249,12 +249,13 @@ def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
     _prepare(options["cache"])
     from pathlib import Path
 
-    from streammerge.methods import CATALOGUE
+    from streammerge.methods import CATALOGUE, WithOwn
     from streammerge.recipe import build_recipe, read_recipe
 
     problems = Problems()
     if config:
-        recipe = read_recipe(Path(config), CATALOGUE, problems)
+        methods = WithOwn(CATALOGUE, (Path(config).parent, Path.cwd()))
+        recipe = read_recipe(Path(config), methods, problems)
     else:
         recipe = build_recipe(
             base=options["base"],
@@ -262,7 +263,7 @@ def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
             models=options["models"],
             method=options["method"],
             out_dtype=options["out_dtype"],
-            methods=CATALOGUE,
+            methods=WithOwn(CATALOGUE, (Path.cwd(),)),
             problems=problems,
         )
     _raise_with_inputs(recipe, problems)

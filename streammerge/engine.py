@@ -16,7 +16,7 @@ from streammerge.building import build
 from streammerge.errors import ConfigError, OutputRefused, Problems
 from streammerge.manner import Manner
 from streammerge.memory import default_budget
-from streammerge.methods import CATALOGUE
+from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
 from streammerge.planning.spill import Mode, SpillOptions
@@ -62,7 +62,7 @@ def plan(
     `keep_cache`. Raises StreammergeError, `Refused` for several problems at once.
     """
     problems = Problems()
-    recipe = config if isinstance(config, Recipe) else read_recipe(Path(config), methods, problems)
+    recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
     budget = parse_size(memory) if isinstance(memory, str) else memory
     warm_up(emit)
     made = None
@@ -78,6 +78,10 @@ def plan(
     problems.raise_any()
     assert made is not None  # else there was a problem
     return made
+
+
+def _read(path: Path, methods: Mapping[str, MethodSpec], problems: Problems) -> Recipe | None:
+    return read_recipe(path, WithOwn(methods, (path.parent, Path.cwd())), problems)
 
 
 def merge(

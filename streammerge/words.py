@@ -364,6 +364,7 @@ class MethodSpec:
     # Buffers of a tile's rows that the function allocates; None: one for each model, and one.
     temporaries: int | None = None
     reference: str = ""
+    digest: str = ""  # sha256 of its file, where it is the user's own
     wants_base: bool = False  # whether it is handed the base's rows, as `base`
     # Says what is wrong with the per-model knobs that its parameters name, taken together.
     check: Callable[..., str | None] | None = None

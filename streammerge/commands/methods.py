@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from streammerge import grid
 from streammerge.errors import ConfigError
-from streammerge.methods import CATALOGUE
+from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning.cost import STATES
 from streammerge.sizes import format_size
 from streammerge.sources import applied, together
@@ -22,7 +23,8 @@ _WIDTH = 100
 
 
 def _find(name: str) -> MethodSpec:
-    if name not in CATALOGUE:
+    found = WithOwn(CATALOGUE, (Path.cwd(),)).get(name)
+    if found is None:
         from streammerge.recipe.wording import nearest  # brings pydantic: only for an error
 
         near = nearest(name, CATALOGUE)
@@ -32,7 +34,7 @@ def _find(name: str) -> MethodSpec:
             expected=", ".join(CATALOGUE),
             remedy=f"did you mean {near}?" if near else "`streammerge methods` lists them",
         )
-    return CATALOGUE[name]
+    return found
 
 
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The merge methods: one typed function each, listed here by name."""
 
+from streammerge.methods.own import WithOwn
 from streammerge.methods.registry import load, method
 
 NAMES = (
@@ -30,4 +31,4 @@ NAMES = (
 
 CATALOGUE = load(__name__, NAMES)
 
-__all__ = ["CATALOGUE", "NAMES", "load", "method"]
+__all__ = ["CATALOGUE", "NAMES", "WithOwn", "load", "method"]

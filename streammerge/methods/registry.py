@@ -13,6 +13,9 @@
                         with None for the stack and the knobs of all models; `Core`, of a method
                         on cores: called once per tensor
 
+A method may be written in torch: `Annotated[torch.Tensor, "deltas"]`, or "weights" or "either",
+stands for the stack, `torch.Tensor` for PerModel and Rows.
+
 A parameter whose name is a Python keyword carries a trailing underscore: `lambda_`.
 """
 
@@ -26,6 +29,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from streammerge.arrays import Base, Core, Cores, Deltas, PerModel, Rows, Vectors, Weights
+from streammerge.methods.on_torch import is_tensor, on_arrays
 from streammerge.words import Coefficients, Declared, Knob, MethodSpec, Space, Statistic
 
 _SPACES: Mapping[Any, Space] = {
@@ -80,14 +84,14 @@ def _declare(function: Callable[..., Any]) -> MethodSpec:
             known = Declared(frozenset(per_model), frozenset(shared), frozenset(statistics))
             declared.check(known)
             statistics[parameter.name] = declared
-        elif kind == PerModel:
+        elif kind == PerModel or is_tensor(kind):
             per_model[name] = declared
         else:
             shared[name] = _of_type(declared, kind)
     space = _space(function, hints.get(first.name))
     return MethodSpec(
         name=function.__name__,
-        function=function,
+        function=on_arrays(function) if is_tensor(hints.get(first.name)) else function,
         space=space,
         returns=_returns(function, space, hints.get("return")),
         per_model=MappingProxyType(per_model),
@@ -120,6 +124,9 @@ def _annotation(
 
 
 def _space(function: Callable[..., Any], hint: Any) -> Space:
+    if is_tensor(hint) and get_args(hint)[1:] and get_args(hint)[1] in get_args(Space):
+        space: Space = get_args(hint)[1]
+        return space
     if hint not in _SPACES:
         raise TypeError(
             f"{function.__name__}: the first argument must be Deltas, Weights, Vectors or Cores"
@@ -136,7 +143,7 @@ def _returns(
         raise TypeError(f"{function.__name__}: the return type must be Core, as it is of Cores")
     if hint is Coefficients:
         return "coefficients"
-    if hint == Rows:
+    if hint == Rows or is_tensor(hint):
         return "rows"
     raise TypeError(f"{function.__name__}: the return type must be Rows or Coefficients")
 

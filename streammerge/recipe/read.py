@@ -118,18 +118,24 @@ class _Reading:
             if not self._given("merge_method"):
                 self._problems.add(missing(self._document, ("merge_method",), f"one of {names}"))
             return None
-        if name not in self._methods:
+        try:
+            found = self._methods.get(name)
+        except ConfigError as problem:
+            problem.where = self._document.spot(("merge_method",)).value
+            self._problems.add(problem)
+            return None
+        if found is None:
             near = nearest(name, self._methods)
             self._problems.add(
                 ConfigError(
                     "merge_method names a method that is not here",
                     where=self._document.spot(("merge_method",)).value,
                     found=quoted(name),
-                    expected=f"one of {names}",
+                    expected=f"one of {names}, or a Python file",
                     remedy=f"did you mean `{near}`?" if near else "choose one of these",
                 )
             )
-        return self._methods.get(name)
+        return found
 
     def _without_base(
         self, drafts: list[Draft], base: Reference | None, method: MethodSpec

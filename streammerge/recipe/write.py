@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -40,7 +40,10 @@ def to_yaml(recipe: Recipe, *, portable: bool = False) -> str:
         "tokenizer_source": subject.tokenizer,
         "output": _output(subject),
     }
-    return dump({key: value for key, value in document.items() if value not in (None, [], {})})
+    text = dump({key: value for key, value in document.items() if value not in (None, [], {})})
+    if portable and recipe.method.digest:  # of the user's own: another file is another merge
+        text += f"# {subject.method.name}: sha256 {recipe.method.digest}\n"
+    return text
 
 
 def dump(document: Mapping[str, Any]) -> str:
@@ -117,7 +120,8 @@ def _portable(recipe: Recipe) -> Recipe:
         for entry in recipe.entries
     )
     base = recipe.base and _without_folders(recipe.base, recipe.folder)
-    return replace(recipe, base=base, entries=tuple(entries), output=None)
+    method = replace(recipe.method, name=PurePath(recipe.method.name).name)
+    return replace(recipe, method=method, base=base, entries=tuple(entries), output=None)
 
 
 def _without_folders(reference: Reference, folder: Path) -> Reference:

@@ -90,4 +90,5 @@ class KthValue:
             state_bytes,
             recount=counts if mended else None,
             whole_rows=self.whole_rows,
+            exact=True,
         )

@@ -57,8 +57,12 @@ def part_bytes() -> int:
 
 
 def state_bytes(spec: TensorSpec, slots: int) -> tuple[int, int]:
-    """The state that some slots cannot do without, and the most they could make use of."""
-    return slots * _least_state_bytes(), slots * min(4 * spec.numel, _MOST_STATE_BYTES)
+    """The state that some slots cannot do without, and the most they could make use of.
+
+    One of them at a time goes over to bins, and holds both.
+    """
+    bins = _least_state_bytes()
+    return (slots + 1) * bins, slots * min(4 * spec.numel, _MOST_STATE_BYTES) + bins
 
 
 def _least_state_bytes() -> int:
@@ -74,22 +78,25 @@ def select(
     recount: Recount | None = None,
     whole_rows: bool = False,
     all_equal: bool = False,
+    exact: bool = False,
 ) -> Fold | StatisticValue:
     """The fold that finds the `counts[slot]` largest of each slot.
 
     `recount` mends counts that depend on how many elements are not zero. `whole_rows`: what is
     looked at needs all columns of a row. `all_equal`: those equal to the last that stays stay too.
+    `exact`: a threshold is wanted where everything stays, too.
     """
     thresholds = Thresholds(len(counts), all_equal=all_equal)
     pending = {}
     for slot, k in counts.items():
         if k <= 0 and recount is None:
             thresholds.keep_none(slot)
-        elif k < spec.numel or recount is not None:
+        elif k < spec.numel or exact:
             pending[slot] = Bracket(k)
     if not pending:
         return thresholds
-    each = max(_least_state_bytes(), min(_MOST_STATE_BYTES, state_bytes // len(pending)))
+    each = min(_MOST_STATE_BYTES, (state_bytes - _least_state_bytes()) // len(pending))
+    each = max(_least_state_bytes(), each)
     subject = Subject(spec, look, recount, whole_rows)
     if spec.numel < _SAMPLE_FROM or subject.sample() == Tile(0, spec.rows):
         return Counting(subject, pending, thresholds, each)
