@@ -368,6 +368,8 @@ class MethodSpec:
     wants_base: bool = False  # whether it is handed the base's rows, as `base`
     # Says what is wrong with the per-model knobs that its parameters name, taken together.
     check: Callable[..., str | None] | None = None
+    # Of a model that touches a tensor alone: the factor by which its whole delta is added, or None.
+    alone: Callable[[Knobs], float | None] | None = None
 
     @property
     def needs_base(self) -> bool:

@@ -12,6 +12,7 @@ from streammerge.methods.family import (
     NotDivided,
     Unscaled,
     Weight,
+    alone_in_sum,
     kept_share,
     summed,
 )
@@ -47,6 +48,7 @@ def middle(deltas: Deltas, small: Cut, large: Cut) -> Deltas:
 @method(
     reference="Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795",
     temporaries=0,
+    alone=alone_in_sum,
 )
 def breadcrumbs(
     deltas: Deltas,  # [models, rows, cols]

@@ -15,6 +15,7 @@ from streammerge.methods.family import (
     Unscaled,
     Voting,
     Weight,
+    alone_in_vote,
     kept_share,
     voted,
 )
@@ -25,6 +26,7 @@ from streammerge.statistics import Rescaling
 @method(
     reference="Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795",
     temporaries=0,
+    alone=alone_in_vote,
 )
 def breadcrumbs_ties(
     deltas: Deltas,  # [models, rows, cols]

@@ -6,7 +6,15 @@ from typing import Annotated
 
 from streammerge.arrays import Deltas, PerModel, Rows
 from streammerge.kernels import drop, scaled
-from streammerge.methods.family import Density, Lambda, NotDivided, ToOldNorm, Weight, summed
+from streammerge.methods.family import (
+    Density,
+    Lambda,
+    NotDivided,
+    ToOldNorm,
+    Weight,
+    alone_in_sum,
+    summed,
+)
 from streammerge.methods.registry import method
 from streammerge.noise import Draws
 from streammerge.statistics import Random, Rescaling, TotalWeight
@@ -22,7 +30,7 @@ def expected_share(numel: int, density: float) -> float:
     return density
 
 
-@method(reference="Yu et al., DARE, ICML 2024, arXiv 2311.03099", temporaries=0)
+@method(reference="Yu et al., DARE, ICML 2024, arXiv 2311.03099", temporaries=0, alone=alone_in_sum)
 def dare_linear(
     deltas: Deltas,  # [models, rows, cols]
     *,

@@ -15,13 +15,16 @@ from streammerge.methods.family import (
     ToOldNorm,
     Voting,
     Weight,
+    alone_in_vote,
     voted,
 )
 from streammerge.methods.registry import method
 from streammerge.statistics import Random, Rescaling
 
 
-@method(reference="Yu et al., DARE, ICML 2024, arXiv 2311.03099", temporaries=0)
+@method(
+    reference="Yu et al., DARE, ICML 2024, arXiv 2311.03099", temporaries=0, alone=alone_in_vote
+)
 def dare_ties(
     deltas: Deltas,  # [models, rows, cols]
     *,

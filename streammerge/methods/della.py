@@ -15,6 +15,7 @@ from streammerge.methods.family import (
     ToOldNorm,
     Voting,
     Weight,
+    alone_in_vote,
     voted,
 )
 from streammerge.methods.registry import method
@@ -22,7 +23,10 @@ from streammerge.statistics import Random, Rescaling
 
 
 @method(
-    reference="Deep et al., DELLA-Merging, arXiv 2406.11617", temporaries=2, check=within_bounds
+    reference="Deep et al., DELLA-Merging, arXiv 2406.11617",
+    temporaries=2,
+    check=within_bounds,
+    alone=alone_in_vote,
 )
 def della(
     deltas: Deltas,  # [models, rows, cols]

@@ -13,6 +13,7 @@ from streammerge.methods.family import (
     Rescale,
     ToOldNorm,
     Weight,
+    alone_in_sum,
     summed,
 )
 from streammerge.methods.registry import method
@@ -46,7 +47,10 @@ def within_bounds(density: float, epsilon: float) -> str | None:
 
 
 @method(
-    reference="Deep et al., DELLA-Merging, arXiv 2406.11617", temporaries=2, check=within_bounds
+    reference="Deep et al., DELLA-Merging, arXiv 2406.11617",
+    temporaries=2,
+    check=within_bounds,
+    alone=alone_in_sum,
 )
 def della_linear(
     deltas: Deltas,  # [models, rows, cols]

@@ -11,7 +11,7 @@ from streammerge.arrays import Deltas, PerModel, Rows
 from streammerge.kernels import Cut, add_up, elect, trim
 from streammerge.kernels.vote import Divisor, Vote
 from streammerge.statistics.kth_magnitude import largest
-from streammerge.words import Knob
+from streammerge.words import Knob, Knobs
 
 Rescale: TypeAlias = Literal["none", "l1", "density"]
 Divide: TypeAlias = Literal["normalize", "weights", "count", "none"]
@@ -42,6 +42,10 @@ Equals: TypeAlias = Annotated[
 ]
 
 
+# What divides by less than this is divided by 1, and a negative weight may lose a vote of its own.
+_LEAST_WEIGHT = 1e-8
+
+
 def trimmed(deltas: Deltas, cut: Cut) -> Deltas:
     """What magnitude pruning leaves of each model, in place."""
     return trim(deltas, cut)
@@ -63,3 +67,27 @@ def voted(
 def summed(deltas: Deltas, weight: PerModel, total: float, normalize: bool, lambda_: float) -> Rows:
     """The sum, or the mean by the weights of all models of the recipe."""
     return add_up(deltas, weight, lambda_ / total if normalize else lambda_)
+
+
+def alone_in_vote(knobs: Knobs) -> float | None:
+    """The factor of a delta that nobody else votes on, where nothing of it is pruned."""
+    weight, shared = float(knobs.per_model["weight"][0]), knobs.shared
+    if _is_pruned(knobs) or weight < _LEAST_WEIGHT:
+        return None
+    divide = shared["divide"]
+    by_weights = divide == "weights" or (divide == "normalize" and shared["normalize"])
+    return float(shared["lambda"]) * (1.0 if by_weights else weight)
+
+
+def alone_in_sum(knobs: Knobs) -> float | None:
+    """The factor of a delta that is the only one, where nothing of it is pruned."""
+    if _is_pruned(knobs):
+        return None
+    weight = float(knobs.per_model["weight"][0])
+    total = float(knobs.of_all["weight"].sum()) if knobs.shared["normalize"] else 1.0
+    return float(knobs.shared["lambda"]) * (weight / total)
+
+
+def _is_pruned(knobs: Knobs) -> bool:
+    own = knobs.per_model
+    return bool(own["density"][0] < 1 or ("gamma" in own and own["gamma"][0] > 0))

@@ -13,6 +13,7 @@ from streammerge.methods.family import (
     NotDivided,
     Unscaled,
     Weight,
+    alone_in_sum,
     kept_share,
     summed,
     trimmed,
@@ -21,7 +22,7 @@ from streammerge.methods.registry import method
 from streammerge.statistics import KthMagnitude, Rescaling, TotalWeight
 
 
-@method(reference="PEFT, add_weighted_adapter (magnitude_prune)", temporaries=0)
+@method(reference="PEFT, add_weighted_adapter (magnitude_prune)", temporaries=0, alone=alone_in_sum)
 def magnitude_prune(
     deltas: Deltas,  # [models, rows, cols]
     *,

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from streammerge.arrays import Base, Core, Cores, Deltas, PerModel, Rows, Vectors, Weights
 from streammerge.methods.on_torch import is_tensor, on_arrays
-from streammerge.words import Coefficients, Declared, Knob, MethodSpec, Space, Statistic
+from streammerge.words import Coefficients, Declared, Knob, Knobs, MethodSpec, Space, Statistic
 
 _SPACES: Mapping[Any, Space] = {
     Deltas: "deltas",
@@ -46,14 +46,17 @@ def method(
     reference: str = "",
     temporaries: int | None = None,
     check: Callable[..., str | None] | None = None,
+    alone: Callable[[Knobs], float | None] | None = None,
 ) -> Callable[[Callable[..., Any]], MethodSpec]:
     """Register a typed function as a merge method, named like the function.
 
     `models` bounds how many models take part; `reference` is the paper; `temporaries` is how many
     buffers of a tile's rows the function allocates itself, which the plan counts (by default one
     for each model, and one). `check` says what is wrong with a model's knobs, which its
-    parameters name, taken together. Raises TypeError when the signature leaves an
-    argument undeclared.
+    parameters name, taken together. `alone` says by which factor the delta of a model that touches
+    a tensor alone is added as it is, None where it is not: the tensor is then read once, and one
+    that replaces the base's is copied. Raises TypeError when the signature leaves an argument
+    undeclared.
     """
 
     def register(function: Callable[..., Any]) -> MethodSpec:
@@ -63,6 +66,7 @@ def method(
             reference=reference,
             temporaries=temporaries,
             check=check,
+            alone=alone,
         )
 
     return register

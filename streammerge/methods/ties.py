@@ -15,6 +15,7 @@ from streammerge.methods.family import (
     Unscaled,
     Voting,
     Weight,
+    alone_in_vote,
     kept_share,
     trimmed,
     voted,
@@ -23,7 +24,11 @@ from streammerge.methods.registry import method
 from streammerge.statistics import KthMagnitude, Rescaling
 
 
-@method(reference="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708", temporaries=0)
+@method(
+    reference="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
+    temporaries=0,
+    alone=alone_in_vote,
+)
 def ties(
     deltas: Deltas,  # [models, rows, cols]
     *,

@@ -122,6 +122,9 @@ class Composer:
         pair = self.pairs.in_core(name, parts)
         if pair is not None and base is not None:
             return MergeJob(Direct(Added(base, pair)), target, part)
+        whole = self._method.alone(parts.knobs) if self._method.alone and len(part) == 1 else None
+        if whole is not None:
+            return self._weighted(base, parts.models, [whole], part, target)
         chosen, choices = self._spilling.apply(parts.knobs, base, parts.models)
         if self._method.returns == "rows":
             applied = Applied(self._method, parts.knobs, base, chosen)

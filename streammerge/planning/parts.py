@@ -122,9 +122,7 @@ class Assembly:
     def _replaced(self, rows: Source, update: Replacement, *, on_base: bool) -> Source:
         """A tensor, or rows of one, that the adapter holds itself; the model's own are no part."""
         extent, known = update.extent, rows.spec
-        if (
-            update.rows is None and extent.spec.rows > known.rows
-        ):  # the first of a larger vocabulary
+        if update.rows is None and extent.spec.rows > known.rows:  # of a larger vocabulary
             extent = replace(extent, spec=replace(extent.spec, shape=known.shape))
         new: Source = Dense(self._files, extent)
         if update.rows is not None:

@@ -29,6 +29,10 @@ TRAINED = ([5, 3, 90], [3, 60])  # rows of the embedding, one list for each adap
 CONFIG = {"tie_word_embeddings": False, "vocab_size": ROWS, "architectures": ["LlamaForCausalLM"]}
 
 
+# Methods in core space merge factors and refuse everything else.
+METHODS = [name for name, method in CATALOGUE.items() if method.space != "cores"]
+
+
 def numbers(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -109,7 +113,7 @@ def recipe_of(name: str, base: Path, models: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", CATALOGUE)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_them_as_a_full_models_tensors(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
@@ -124,18 +128,46 @@ def test_every_method_takes_them_as_a_full_models_tensors(
     assert ours[Q].data != BASE[Q].tobytes()
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "passthrough"])
+# Those that add what a model changes, when it is the only one and nothing of it is pruned.
+WHOLE = [name for name, method in CATALOGUE.items() if method.alone]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "passthrough", *WHOLE])
 def test_what_one_model_decides_alone_keeps_its_bytes(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
     """By difference, a third of the elements would be off in the last bit."""
     models = [{"model": f"{folder / 'base'}+{folder / 'adapter-0'}"}]
     base = {} if method == "passthrough" else {"base_model": str(folder / "base")}
-    merged = merge(tmp_path / "out", {"merge_method": method, "models": models, **base})
+    whole = {"gamma": 0.0} if "gamma" in CATALOGUE[method].per_model else {}
+    recipe = {"merge_method": method, "models": models, "parameters": whole, **base}
+    merged = merge(tmp_path / "out", recipe)
     expected = BASE[EMBEDDING].copy()
     expected[TRAINED[0]] = NEW_ROWS[0]
     assert merged[HEAD].data == NEW_HEADS[0].tobytes()
     assert merged[EMBEDDING].data == expected.tobytes()
+
+
+@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_alone_it_is_added_as_the_method_would(
+    folder: Path, tmp_path: Path, method: str, normalize: bool
+) -> None:
+    """Beside a model that changes nothing, and at a density just under 1, nothing is lost but the
+    smallest element."""
+    spec, base = CATALOGUE[method], folder / "base"
+    shared = {"lambda": 0.7, "normalize": normalize}
+    found = []
+    for density in (1.0, 1 - 1e-9):
+        own = {"weight": 0.6, "density": density, "gamma": 0.0, "epsilon": 0.0}
+        parameters = {key: value for key, value in own.items() if key in spec.per_model}
+        model = {"model": str(folder / "model-0"), "parameters": parameters}
+        recipe = {"merge_method": method, "base_model": str(base), "parameters": shared}
+        found.append(merge(tmp_path / f"{density}", {**recipe, "models": [model], "seed": 1}))
+    for name in (HEAD, EMBEDDING):
+        changed = np.abs(values(found[0][name]) - BASE[name])
+        assert (np.abs(values(found[0][name]) - values(found[1][name])) > 1e-6).sum() <= 1
+        assert changed.max() > 0.1
 
 
 def test_rounded_once_in_another_dtype(folder: Path, tmp_path: Path) -> None:
@@ -157,7 +189,7 @@ def test_the_report_counts_them(folder: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- adapters of another model
 
 
-@pytest.mark.parametrize("method", CATALOGUE)
+@pytest.mark.parametrize("method", METHODS)
 def test_on_another_model_they_replace_that_models_tensors(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
