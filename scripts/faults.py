@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.faults.rows import BAD_INPUTS, FAULTS, WITHOUT_TESTS, Row  # noqa: E402
+from tests.faults.rows import BAD_INPUTS, FAULTS, Row  # noqa: E402
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Result:
     tries: int = 0
     survived: int = 0
     equal: int = 0  # with the bytes of an undisturbed run, or refused with nothing touched
-    reason: str = ""  # why nothing, or not all, was tried
+    reason: str = ""  # why not all was tried
 
 
 class Collector:
@@ -43,9 +43,6 @@ class Collector:
     def __init__(self, rows: Mapping[int, Row]) -> None:
         self.results = {number: Result(number, row.what) for number, row in rows.items()}
         self._rows = rows
-        for number, reason in WITHOUT_TESTS.items():
-            if rows is FAULTS:
-                self.results[number].reason = reason
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and not (report.when == "setup" and report.outcome != "passed"):

@@ -217,7 +217,12 @@ BAD_INPUTS: dict[int, Row] = {
 FAULTS: dict[int, Row] = {
     1: Row(
         "killed at every durable call",
-        (f"{_CALLS}[kill]", f"{_CALLS}[kill after]", f"{_KILL}::test_a_killed_merge_goes_on"),
+        (
+            f"{_CALLS}[kill]",
+            f"{_CALLS}[kill after]",
+            f"{_KILL}::test_a_killed_merge_goes_on",
+            "faults/test_strace.py::test_killed_at_every_durable_call",
+        ),
     ),
     2: _row(
         "SIGTERM, SIGINT, SIGUSR1, SIGHUP, once and twice",
@@ -233,6 +238,7 @@ FAULTS: dict[int, Row] = {
             f"{_CALLS}[ENOSPC]",
             f"{_PLACES}::test_too_small_a_disk_is_refused_before_data_moves",
             f"{_PLACES}::test_a_disk_that_others_fill_leaves_what_can_be_gone_on_from",
+            "test_spill.py::test_without_room_auto_does_without",
         ),
     ),
     4: Row("quota", (f"{_CALLS}[EDQUOT]",)),
@@ -315,7 +321,14 @@ FAULTS: dict[int, Row] = {
         "test_a_journal_of_another_version_is_refused",
         "test_another_recipe_is_refused_with_what_differs",
     ),
-    19: Row("a spill chunk missing, truncated, flipped", ()),
+    19: Row(
+        "a spill chunk missing, truncated, flipped",
+        (
+            "unit/test_spill_store.py::test_a_damaged_chunk_is_named",
+            "unit/test_spill_store.py::test_a_chunk_that_somebody_removed_is_forgotten",
+            "test_spill.py::test_a_damaged_chunk_ends_the_merge_and_the_next_one_succeeds",
+        ),
+    ),
     20: Row("cgroup just above the budget", (f"{_INPUTS}::test_a_cgroup_just_above_the_budget",)),
     21: _row(
         "a worker that fails; a cancelled item that finishes",
@@ -328,7 +341,14 @@ FAULTS: dict[int, Row] = {
         "test_64_handles_are_enough",
         "test_a_file_size_limit_is_refused_with_both_remedies",
     ),
-    23: _row("the cache purged between runs", _INPUTS, "test_a_purged_cache_costs_nothing"),
+    23: Row(
+        "the cache purged between runs and during one",
+        (
+            f"{_INPUTS}::test_a_purged_cache_costs_nothing",
+            "test_spill.py::test_the_cache_purged_while_it_is_needed",
+            "test_spill.py::test_what_a_dead_run_left_goes_with_the_next",
+        ),
+    ),
     24: _row(
         "stdout closed; HOME unset; a C locale",
         "test_cli.py",
@@ -337,9 +357,4 @@ FAULTS: dict[int, Row] = {
         "test_no_home_is_needed",
         "test_a_c_locale_is_enough",
     ),
-}
-
-# Rows that no test can provoke yet, and why.
-WITHOUT_TESTS: dict[int, str] = {
-    19: "nothing is spilled yet: a merge holds no intermediate weights on disk",
 }
