@@ -20,6 +20,7 @@ from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
 from streammerge.planning.spill import Mode, SpillOptions
+from streammerge.planning.tails import zero_tails
 from streammerge.publication import (
     check_room_for,
     compare_buffers,
@@ -169,7 +170,7 @@ def warm_up(emit: events.Emit = events.ignore) -> None:
 def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     """Carry out a plan into the folder `out`: complete under its name, or not there."""
     started, emit = time.monotonic(), manner.emit
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *zero_tails(plan.inputs)):
         emit(events.Warned(warning))
     for note in plan.notes:
         emit(events.Note(note))
