@@ -14,9 +14,9 @@ import numpy as np
 if TYPE_CHECKING:
     from streammerge.arrays import Core
 
-# A direction is null below this share of the largest singular value. Float32 factors carry 6e-8,
-# and what they lose here is less than a rounding of the result; far smaller ones are noise.
-NULL = 1e-10
+# A direction is null below this share of the largest singular value: what is lost with it is less
+# than a rounding of float32, 6e-8, and a basis keeps its right angles to 2e-16 over this.
+NULL = 1e-9
 
 
 def triangle(blocks: Iterable[Core], cols: int) -> Core:

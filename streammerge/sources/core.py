@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from streammerge.arrays import Core, PerModel
 
 # Rows or columns that are decomposed at once; part of the arithmetic, so no setting.
-BLOCK = 2048
+BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ def core_space(product: Product, updates: LowRank) -> CoreSpace:
 def core_bytes(updates: LowRank) -> int:
     """Working memory of `core_space`, what reading a block takes not counted."""
     rank = updates.rank
-    block = 3 * 8 * (BLOCK + rank) * rank  # stacked, decomposed, and LAPACK's own copy
-    return block + 8 * (12 + updates.count) * rank**2
+    block = 8 * (3 * BLOCK + 2 * rank) * rank  # in float64, stacked, and as LAPACK has it
+    return max(block, 8 * (8 + updates.count) * rank**2) + 8 * 2 * rank**2
 
 
 def _left_blocks(product: Product, rows: int) -> Iterator[Core]:

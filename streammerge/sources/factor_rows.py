@@ -105,7 +105,7 @@ class Right:
         return 0
 
     def scratch_bytes(self, tile: Tile) -> int:
-        return 0
+        return self._pair.finding_bytes
 
     def release(self) -> None:
         """The other factor may still want the pair; it goes with the last of the two jobs."""

@@ -112,8 +112,9 @@ class InCore:
         return np.asarray(sum(f * core for f, core in zip(factors, cores, strict=True)), np.float64)
 
     def working_bytes(self, rank: int) -> int:
-        """The stack in float32, as the method sees and changes it, and statistics of it."""
-        return 4 * (8 + 4 * len(self._knobs.touching)) * rank**2 + 16 * 8 * rank**2
+        """The models in float32, as a stack, as the method changes it, and statistics of it; or of
+        a method on cores, their singular vectors."""
+        return 4 * (12 + 4 * len(self._knobs.touching)) * rank**2
 
     def _rows(self, merge: Merged) -> Core:
         scratch = Scratch()

@@ -45,6 +45,11 @@ class Pair(Protocol):
     def resident_bytes(self) -> int: ...
 
     @property
+    def finding_bytes(self) -> int:
+        """Working memory that whoever asks first needs; `scratch_bytes` counts it, too."""
+        ...
+
+    @property
     def once_bytes(self) -> int: ...
 
     def read_bytes(self, tile: Tile) -> int: ...
@@ -78,6 +83,10 @@ class Stacked:
     @property
     def resident_bytes(self) -> int:
         return self._product.resident_bytes
+
+    @property
+    def finding_bytes(self) -> int:
+        return 0
 
     @property
     def once_bytes(self) -> int:
@@ -184,12 +193,19 @@ class Mixed:
 
     @property
     def resident_bytes(self) -> int:
-        """What stays, and what finding it takes for a while."""
         held, rank = self._updates.rank, self.rank
-        stays = 4 * rank * self._updates.cols + 8 * (2 * held**2 + 2 * held * rank + rank**2)
-        block = 8 * BLOCK * (2 * held + 4 * rank) + self._product.scratch_bytes(Tile(0, BLOCK))
-        small = self._combine.working_bytes(held) + core_bytes(self._updates)
-        return self._product.resident_bytes + stays + block + small
+        small = 8 * (held**2 + 2 * held * rank + rank**2)
+        return self._product.resident_bytes + 4 * rank * self._updates.cols + small
+
+    @property
+    def finding_bytes(self) -> int:
+        """What finding the pair takes for a while: the space, then M, then the right factor."""
+        held, rank = self._updates.rank, self.rank
+        space = core_bytes(self._updates) + self._product.scratch_bytes(Tile(0, BLOCK))
+        cores = 8 * (self._updates.count + 2) * held**2
+        merged = cores + self._combine.working_bytes(held)
+        right = cores + 8 * BLOCK * (2 * held + 4 * rank)
+        return max(space, merged, right)
 
     @property
     def once_bytes(self) -> int:
@@ -200,10 +216,11 @@ class Mixed:
         return self._product.read_bytes(tile)
 
     def scratch_bytes(self, tile: Tile) -> int:
-        """The stored rows in float64, their mix, and what measures it."""
+        """The stored rows in float64, their mix, what measures it, and finding the pair."""
         rows = tile.stop - tile.start
-        width = min(self._updates.rank, self._updates.cols) + self._updates.rank + 4 * self.rank
-        return self._product.scratch_bytes(tile) + 8 * rows * width
+        wide = min(self._updates.rank, self._updates.cols) + self._updates.rank
+        mixed = 8 * wide + (4 + 8 + 8) * self.rank
+        return self._product.scratch_bytes(tile) + rows * mixed + self.finding_bytes
 
     def release(self) -> None:
         with self._lock:

@@ -39,6 +39,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     memory.warm_up(folder)
     for method in memory.METHODS:
         (folder / f"{method}.yaml").write_text(memory.recipe_text("llama", method))
+    core = memory.recipe_text("llama", "ties") + "space: core\n"
+    (folder / "core.yaml").write_text(core)
+    (folder / "adapter.yaml").write_text(core + "output: {kind: adapter, rank: 24}\n")
     (folder / "tuned.yaml").write_text(memory.recipe_text("embedding", "ties"))
     yield folder
     shutil.rmtree(folder)
@@ -53,6 +56,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("ties", 1024, "mmap"),
         ("linear", 384, "mmap"),
         ("linear", 1024, "read"),
+        ("core", 384, "read"),
+        ("adapter", 384, "mmap"),
     ],
 )
 def test_measured_stays_under_projected_and_near_it(

@@ -71,6 +71,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
         ("linear", {}),
         ("model_stock", {}),
         ("ties", {"space": "core"}),
+        ("dare_ties", {"space": "core", "parameters": {"density": 0.5}}),
         ("tsv", {}),
         ("iso_c", {}),
         ("task_arithmetic", {"isotropize": True, "space": "core"}),

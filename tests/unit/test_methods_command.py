@@ -14,6 +14,7 @@ from streammerge.recipe import parse_recipe
 # Reads of a tensor at least and at most, as the design promises them.
 READS = {
     **dict.fromkeys(["linear", "task_arithmetic", "passthrough", "nearswap", "ram"], (1, 1)),
+    **dict.fromkeys(["tsv", "iso_c"], (1, 1)),
     **dict.fromkeys(["dare_linear", "dare_ties", "della_linear", "della"], (1, 2)),
     **dict.fromkeys(["ties", "magnitude_prune", "breadcrumbs", "breadcrumbs_ties"], (1, 3)),
     **dict.fromkeys(["slerp", "nuslerp", "multislerp", "karcher", "model_stock"], (2, 2)),
