@@ -254,6 +254,8 @@ def table(
     for model in models:
         folder = inputs_of(root, model)
         for method in methods:
+            if model == "embedding" and CATALOGUE[method].space == "cores":
+                continue  # its fine-tune is no low-rank update
             for budget_bytes in budgets:
                 yield run_row(folder, model, method, budget_bytes)
         if "ties" in methods:

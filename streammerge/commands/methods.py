@@ -142,8 +142,8 @@ def _read_words(spec: MethodSpec) -> str:
 def _tiles(spec: MethodSpec) -> str:
     """How many tiles a thread holds, as a function of the number of models."""
     needs = Needs(spec, list(_settings(spec))[-1], _TENSOR)
-    if spec.returns == "coefficients":
-        # Without statistics, all models go into one sum.
+    if spec.returns != "rows":
+        # Without statistics, all models go into one sum; so do the factors of a merged core.
         one, two = (together.tiles_held(n) for n in (1, 2)) if needs.waves() else (3, 3)
     else:
         one, two = (applied.tiles_held(spec, needs, n) for n in (1, 2))
