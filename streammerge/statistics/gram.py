@@ -64,8 +64,10 @@ class Gram:
         return 1
 
     def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
+        """The products as found, then of all models, and what a method makes of them."""
         vectors = self._vectors(spec, knobs, spec.rows)
-        state = 8 * vectors * (self._size(knobs) ** 2 + (self.with_base + knobs.models) ** 2)
+        whole = self.with_base + knobs.models
+        state = 8 * vectors * (self._size(knobs) ** 2 + whole**2 + whole + 8)
         return state, state
 
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:

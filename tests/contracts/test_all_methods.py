@@ -12,6 +12,7 @@ import pytest
 
 import streammerge as sm
 from streammerge import grid
+from streammerge.errors import BadInput
 from streammerge.methods import CATALOGUE
 from tests.contracts.method_contract import MEMORY
 from tests.contracts.small_inputs import Shape, SmallInputs, decode, encode, read_back
@@ -86,6 +87,37 @@ def test_adapters_are_the_full_models_that_they_make(method: str, tmp_path: Path
     assert any((expected[name] != inputs.origin(name)).any() for name in expected)
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_a_model_that_is_the_base_changes_nothing(method: str, tmp_path: Path) -> None:
+    """Task vectors of zeros throughout; nothing divides by them."""
+    inputs = SmallInputs(tmp_path, SHAPES, "F32")
+    for _ in range(min(3, CATALOGUE[method].models[1] or 3)):
+        inputs.add_model(changed=())
+    found = merge(recipe(inputs, method), tmp_path / "out")
+    scale = PER_MODEL["scale"][0] if method == "passthrough" else 1.0
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor, scale * inputs.origin(name), rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_a_model_with_a_nan_is_refused(method: str, tmp_path: Path) -> None:
+    """Also where it would be pruned away, or fall below every threshold."""
+    inputs = SmallInputs(tmp_path, SHAPES, "F32")
+    for _ in range(min(3, CATALOGUE[method].models[1] or 3)):
+        inputs.add_model()
+    folder = Path(inputs.entries[-1].text)
+    spoiled = dict(inputs.entries[-1].tensors)
+    values = decode(spoiled[UP])
+    values[7, 3] = np.nan
+    spoiled[UP] = encode(values, "F32")
+    for old in folder.iterdir():
+        old.unlink()
+    write_model(folder, spoiled, 1, {"model_type": "llama"})
+    with pytest.raises(BadInput, match="NaN"):
+        merge(recipe(inputs, method), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", CHANCE)

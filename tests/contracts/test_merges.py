@@ -12,18 +12,19 @@ from streammerge.adapters.lora import low_rank
 from streammerge.methods import CATALOGUE
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.applied import Applied
+from streammerge.sources.combined import Combined
 from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.header import read_header
-from streammerge.words import Knobs, Merged, Source
+from streammerge.words import Knobs, Merged, Source, Tile
 from tests.contracts.merged_contract import MergedContract, assert_within_its_word
 from tests.contracts.small_inputs import Entry, SmallInputs
 from tests.contracts.source_contract import open_files
 from tests.makers import write_safetensors
-from tests.oracles import dense
-from tests.oracles.dense import Answer
+from tests.oracles import dense, spherical
+from tests.oracles.dense import Answer, Vector
 
 NAME = "up.weight"
 PREFIX = "base_model.model.up."
@@ -152,6 +153,67 @@ class TestAppliedTies(MergedContract):
             (0,),
         )
         assert_within_its_word(Applied(CATALOGUE["ties"], knobs, sources[1], sources[:1]))
+
+
+class CombinedContract(MergedContract):
+    """Factors that follow from inner products; here from those of whole arrays."""
+
+    def merged(self, folder: Path, shape: tuple[int, int] = SHAPE) -> tuple[Merged, Files]:
+        self.table = table = Table(folder, shape)
+        knobs = Knobs(
+            {"weight": np.array((0.5, 0.2, 0.4, 0.9))}, {"normalize_weights": True, "eps": 1e-8},
+            4, tuple(range(len(self.models()))),
+        )  # fmt: skip
+        spec = CATALOGUE["multislerp"]
+        return Combined(table.files, spec, knobs, table.base, self.models()), table.files
+
+    def models(self) -> list[Source]:
+        raise NotImplementedError
+
+    def entries(self) -> list[Entry]:
+        raise NotImplementedError
+
+    def large(self, folder: Path) -> tuple[Merged, Files]:
+        return self.merged(folder, LARGE)
+
+    def answer(self) -> Answer:
+        inputs, base = self.table.inputs, self.table.inputs.origin(NAME)
+        missing = [np.zeros(base.shape)] * (4 - len(self.entries()))
+        deltas = [inputs.delta(entry, NAME) for entry in self.entries()]
+        vectors = [*(inputs.task_vector(one, NAME).astype(np.float64) for one in self.entries())]
+        merged = spherical.multislerp((0.5, 0.2, 0.4, 0.9), [*vectors, *missing])
+        return spherical.answer(base + merged, [Vector(base, np.abs(base)), *deltas], 8)
+
+    def squared_norms(self) -> list[float]:
+        origin = float(np.sum(self.table.inputs.origin(NAME) ** 2))
+        deltas = [self.table.inputs.delta(entry, NAME).value for entry in self.entries()]
+        return [origin, *(float(np.sum(delta**2)) for delta in deltas)]
+
+
+class TestCombinedByRows(CombinedContract):
+    """A full model, adapters on the base and on it; a fourth leaves the tensor alone."""
+
+    def models(self) -> list[Source]:
+        return self.table.models
+
+    def entries(self) -> list[Entry]:
+        return self.table.entries
+
+
+class TestCombinedByFactors(CombinedContract):
+    """Adapters on the base, whose inner products take no row of it."""
+
+    def models(self) -> list[Source]:
+        return [self.table.models[1], self.table.models[1]]
+
+    def entries(self) -> list[Entry]:
+        return [self.table.entries[1]] * 2
+
+    def test_inner_products_read_the_factors_alone(self, made: tuple[Merged, Files]) -> None:
+        merged, _ = made
+        whole = Tile(0, merged.spec.rows)
+        assert merged.measure_bytes(whole, ["gram"]) == 2 * 4 * 3 * SHAPE[0]  # two of rank 3, F32
+        assert merged.merge_bytes(whole) > 2 * SHAPE[0] * SHAPE[1]
 
 
 class TestSameAs:

@@ -62,15 +62,21 @@ class FakeMerged:
     statistics: Mapping[str, int] = field(default_factory=dict)
     sampled: bool = False
     released: int = 0
+    after: Mapping[str, str] = field(default_factory=dict)  # statistic -> one that it waits for
 
     def start(
         self, state_bytes: int, values: Mapping[str, StatisticValue]
     ) -> dict[str, Fold | StatisticValue]:
         found: dict[str, Fold | StatisticValue] = {}
         for name, reads in self.statistics.items():
-            if name not in values:
+            if name not in values and self.after.get(name) in (None, *values):
                 found[name] = FakeFold(name, reads, self.sampled) if reads else Value([])
         return found
+
+    def over(self, statistic: str) -> int:
+        """After how many waves a statistic is there."""
+        before = self.after.get(statistic)
+        return self.statistics[statistic] + (self.over(before) if before else 0)
 
     def release(self) -> None:
         self.released += 1
@@ -152,7 +158,7 @@ def _items(job: Job) -> int:
     if isinstance(job, CopyJob):
         return -(-job.source.spec.nbytes // 10)
     merged: Any = job.merged
-    rows, waves = job.merged.spec.rows, int(max(merged.statistics.values(), default=0))
+    rows, waves = job.merged.spec.rows, max(map(merged.over, merged.statistics), default=0)
     measured = waves * rows if not merged.sampled or not waves else 1 + (waves - 1) * rows
     return rows + measured + waves
 
@@ -205,6 +211,21 @@ def test_nothing_is_merged_before_its_statistics_are_there() -> None:
         finished, _ = run([merge_job("a", 6, cut=2)], seed=seed)
         kinds = [type(item) for item in finished]
         assert kinds == [*[Measure] * 6, Finish, *[Measure] * 6, Finish, *[Merge] * 6]
+
+
+def test_a_statistic_starts_when_those_that_it_waits_for_are_there() -> None:
+    """Three in a chain, the second of two reads; one beside them shares the first read."""
+    job = merge_job("w", 3, first=1, second=2, third=1, beside=1)
+    job.merged.after = {"second": "first", "third": "second"}  # type: ignore[attr-defined]
+    items, _ = run([job])
+    waves: list[set[str]] = []
+    for item in items:
+        if isinstance(item, Finish):
+            waves.append(set(item.folds))
+    assert waves == [{"first", "beside"}, {"second"}, {"second"}, {"third"}]
+    assert sum(isinstance(item, Measure) for item in items) == 4 * 3
+    merged = [item for item in items if isinstance(item, Merge)]
+    assert all(set(item.values) == {"first", "second", "third", "beside"} for item in merged)
 
 
 def test_folds_that_want_the_same_tiles_share_a_read() -> None:
