@@ -140,14 +140,11 @@ class Composer:
         them. What one model stores and nothing changes is copied with all its rows."""
         owners = list(self.assembly.owners(name, target.spec.rows))
         if isinstance(known, CopyJob):
-            own = owners[0][0].extent
-            if len(owners) == 1 and (own.path, own.offset) == (
-                known.source.path,
-                known.source.offset,
-            ):
+            own, source = owners[0][0].extent, known.source
+            if len(owners) == 1 and (own.path, own.offset) == (source.path, source.offset):
                 return CopyJob(own, target)
-            source = Dense(self._files, known.source)
-            merged = WeightedSum(self._files, None, [source], [1.0], "weights")
+            rows = Dense(self._files, source)
+            merged = WeightedSum(self._files, None, [rows], [1.0], "weights")
             known = MergeJob(merged, known.target, ())
         total = sum(weight for _, weight in owners)
         shares = [weight / total for _, weight in owners]

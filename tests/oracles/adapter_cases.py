@@ -97,6 +97,41 @@ def make_gpt2_of_the_hub(folder: Path) -> Path:
     return folder
 
 
+def make_tied_llava(folder: Path) -> Path:
+    """A vision-language model of the family that transformers 4.52 moved, its head tied."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=200, tie_word_embeddings=True
+    )
+    torch.manual_seed(20)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 def make_t5(folder: Path) -> Path:
     """An encoder and a decoder that share one embedding with the head, which is not stored."""
     import torch
@@ -119,6 +154,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "tied Qwen2-VL": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
     "T5": make_t5,
+    "tied LLaVA": make_tied_llava,
     "ResNet": make_resnet,
     "ConvNeXt": make_convnext,
     "wav2vec 2.0": make_wav2vec2,
@@ -273,10 +309,19 @@ def _tied(
     return tuple(cases)
 
 
-_LLAMA, _VL = "tied Llama", "tied Qwen2-VL"
+_LLAMA, _VL, _LLAVA = "tied Llama", "tied Qwen2-VL", "tied LLaVA"
 TIED = (
-    *_tied("LoRA on tied weights", "the head", _LLAMA, "GPT-2", _VL, target_modules=["lm_head"]),
-    *_tied("LoRA on tied weights", "the embedding", _LLAMA, _VL, target_modules=["embed_tokens"]),
+    *_tied(
+        "LoRA on tied weights", "the head", _LLAMA, "GPT-2", _VL, _LLAVA, target_modules=["lm_head"]
+    ),
+    *_tied(
+        "LoRA on tied weights",
+        "the embedding",
+        _LLAMA,
+        _VL,
+        _LLAVA,
+        target_modules=["embed_tokens"],
+    ),
     *_tied("LoRA on tied weights", "the embedding", "GPT-2", target_modules=["wte"]),
     *_tied("LoRA on tied weights", "both", _LLAMA, target_modules=HEADS),
     *_tied(
@@ -517,6 +562,7 @@ NAMES = (
         spoil=_rename(lambda key: key.replace(".bert.", ".")),
     ),
     Case("names: of transformers 5", "Qwen2-VL", _PLAIN),
+    Case("names: of transformers 5", "tied LLaVA", _PLAIN),
     Case("names: of transformers 4", "Qwen2-VL", _PLAIN, spoil=_rename(_four)),
     Case(
         "names: without `transformer.` in the base",

@@ -91,5 +91,6 @@ def is_tied(model: Any) -> bool:
 
 def heads(model: Any) -> set[str]:
     """What a file may hold of a head that was tied before: none while it still is."""
-    modules = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-    return set() if is_tied(model) else set(modules)
+    modules = ("lm_head", "language_model.lm_head", "cls.predictions.decoder")
+    parameters = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    return set() if is_tied(model) else parameters
