@@ -114,7 +114,8 @@ def _unfit(
 ) -> OutputRefused | None:
     """Why this merge must not go on from what is there, if so."""
     where = str(state.path)
-    if opening["journal"] != VERSION:
+    given = {name: one for name, one in opening.items() if name != "journal"}
+    if opening["journal"] != VERSION or given.keys() != asdict(identity).keys():
         return OutputRefused(
             "another version of streammerge left an unfinished merge here",
             where=where,
@@ -122,8 +123,7 @@ def _unfit(
             expected=f"format {VERSION}",
             remedy=f"finish it with that version; {_START_OVER}",
         )
-    then = Identity(**{name: one for name, one in opening.items() if name != "journal"})
-    differ = differences(then, identity)
+    differ = differences(Identity(**given), identity)
     if differ.merge:
         what, found = "another merge is half done here", "; ".join(differ.merge)
         return OutputRefused(what, where=where, found=found, remedy=_START_OVER)

@@ -312,18 +312,22 @@ def test_inputs_that_were_only_touched_are_the_same(
     assert digest(out) == undisturbed
 
 
-def test_a_journal_of_another_version_is_refused(inputs: Path, out: Path) -> None:
+@pytest.mark.parametrize("other", ["format", "parts"])
+def test_a_journal_of_another_version_is_refused(inputs: Path, out: Path, other: str) -> None:
     stop_after(inputs / "ties.yaml", out, 60)
     journal = state(out) / "journal"
     opening = next(read_lines(journal)).record
     journal.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streammerge.storage.journal.VERSION", 1)
         opening.pop("journal")
+        if other == "format":
+            patch.setattr("streammerge.storage.journal.VERSION", 1)
+        else:
+            opening["colour"] = opening.pop("layout")
         Journal(journal, opening)
     with pytest.raises(OutputRefused, match="another version") as caught:
         sm.merge(inputs / "ties.yaml", out=out)
-    assert "a journal of format 1" in str(caught.value)
+    assert ("a journal of format 1" in str(caught.value)) == (other == "format")
 
 
 def test_elsewhere_is_a_warning_or_refused(
