@@ -282,6 +282,27 @@ def test_force_goes_on_with_the_same_merge(inputs: Path, undisturbed: str, out: 
     assert digest(out) == undisturbed
 
 
+def test_one_that_is_half_done_is_left_alone_by_the_one_that_is_finished(
+    inputs: Path, undisturbed: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was to replace the finished output, and still can."""
+    sm.merge(inputs / "linear.yaml", out=out)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        left = iter(range(60))
+        record = ShardsSink.record
+
+        def stopping(sink: ShardsSink, receipt: object) -> None:
+            if next(left, None) is None:
+                raise Stop
+            record(sink, receipt)  # type: ignore[arg-type]
+
+        patch.setattr(ShardsSink, "record", stopping)
+        sm.merge(inputs / "ties.yaml", out=out, force=True)
+    assert sm.merge(inputs / "linear.yaml", out=out).already_done
+    assert sm.merge(inputs / "ties.yaml", out=out, force=True).resumed_bytes > 0
+    assert digest(out) == undisturbed
+
+
 @pytest.mark.parametrize("changed", ["base", "lora-1", "tokenizer"])
 def test_changed_inputs_are_refused_and_named(
     inputs: Path, tmp_path: Path, out: Path, changed: str
