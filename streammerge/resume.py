@@ -25,6 +25,7 @@ from streammerge.scheduler import Done
 from streammerge.sinks.receipts import Receipt
 from streammerge.sinks.shards import ShardsSink
 from streammerge.statistics.saved import restored
+from streammerge.storage.durable import sync_folder
 from streammerge.storage.journal import VERSION, Journal, Line, read_lines
 from streammerge.storage.rundir import RunDirectory
 from streammerge.storage.shard import is_begun
@@ -181,7 +182,10 @@ def open_journal(state: RunDirectory, identity: Identity, found: Survey | None) 
     Receipts that no mark covers are void from here on: those that hold are written down again.
     """
     if found is None:
-        return Journal(state.journal, asdict(identity))
+        journal = Journal(state.journal, asdict(identity))
+        for folder in (state.path, state.path.parent):  # else a dead machine may lose their names
+            sync_folder(folder)
+        return journal
     journal = Journal(state.journal, end=found.stop)
     journal.append([{"void": [found.durable, found.stop]}])
     return journal

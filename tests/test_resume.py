@@ -127,7 +127,7 @@ def test_it_goes_on_with_the_same_bytes(
     assert len(count.written) == len(set(count.written))
     # Copies that no mark covers are done again; at most those of a batch.
     assert ALL - done <= len(count.written) <= ALL - done + 6
-    assert report.resumed_bytes > 0 and not report.already_done
+    assert (report.resumed_bytes > 0 or done == 1) and not report.already_done
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
