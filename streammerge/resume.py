@@ -25,6 +25,7 @@ from streammerge.scheduler import Done
 from streammerge.sinks.receipts import Receipt
 from streammerge.sinks.shards import ShardsSink
 from streammerge.statistics.saved import restored
+from streammerge.storage.durable import sync_folder
 from streammerge.storage.journal import VERSION, Journal, Line, read_lines
 from streammerge.storage.rundir import RunDirectory
 from streammerge.storage.shard import is_begun
@@ -114,7 +115,8 @@ def _unfit(
 ) -> OutputRefused | None:
     """Why this merge must not go on from what is there, if so."""
     where = str(state.path)
-    if opening["journal"] != VERSION:
+    given = {name: one for name, one in opening.items() if name != "journal"}
+    if opening["journal"] != VERSION or given.keys() != asdict(identity).keys():
         return OutputRefused(
             "another version of streammerge left an unfinished merge here",
             where=where,
@@ -122,8 +124,7 @@ def _unfit(
             expected=f"format {VERSION}",
             remedy=f"finish it with that version; {_START_OVER}",
         )
-    then = Identity(**{name: one for name, one in opening.items() if name != "journal"})
-    differ = differences(then, identity)
+    differ = differences(Identity(**given), identity)
     if differ.merge:
         what, found = "another merge is half done here", "; ".join(differ.merge)
         return OutputRefused(what, where=where, found=found, remedy=_START_OVER)
@@ -181,7 +182,10 @@ def open_journal(state: RunDirectory, identity: Identity, found: Survey | None) 
     Receipts that no mark covers are void from here on: those that hold are written down again.
     """
     if found is None:
-        return Journal(state.journal, asdict(identity))
+        journal = Journal(state.journal, asdict(identity))
+        for folder in (state.path, state.path.parent):  # else a dead machine may lose their names
+            sync_folder(folder)
+        return journal
     journal = Journal(state.journal, end=found.stop)
     journal.append([{"void": [found.durable, found.stop]}])
     return journal

@@ -111,12 +111,14 @@ def test_an_empty_folder_takes_the_output(inputs: Path, usual: Path, tmp_path: P
 
 def test_the_same_again_is_said_and_nothing_is_written(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("merge", inputs / "ties.yaml", "--out", out).returncode == 0
+    first = json.loads(run("merge", inputs / "ties.yaml", "--out", out, "--json").stdout)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = run("merge", inputs / "ties.yaml", "--out", out, "--json")
     assert again.returncode == 0
     report = json.loads(again.stdout)
     assert report["already_done"] and report["written_bytes"] == 0
+    assert report["changes"] == first["changes"]
+    assert [change["applied"] for change in report["changes"]] == [14, 14]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     told = run("merge", inputs / "ties.yaml", "--out", out)
     assert "the output is there already, complete" in told.stdout

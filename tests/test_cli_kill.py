@@ -5,6 +5,7 @@ The command is stopped at a chosen call of a chosen function, so that every kill
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -64,11 +65,13 @@ def test_a_killed_merge_goes_on(
         merge.send_signal(signal.SIGKILL)
     assert not out.exists(), "a final name proves completeness"
     assert [path.name for path in folder.iterdir()] == [".out.streammerge"]
-    again = run(*arguments, cwd=inputs)
+    again = run(*arguments, "--json", cwd=inputs)
     assert again.returncode == 0, again.stderr
     assert digest(out) == undisturbed["ties"]
     assert [path.name for path in folder.iterdir()] == ["out"]
     assert digest(inputs) == before
+    report = json.loads(again.stdout)
+    assert report["peak_bytes"] <= report["projected_bytes"]
 
 
 # Of two renames, the first takes the old output away and the second puts the new one there.

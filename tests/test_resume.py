@@ -127,7 +127,7 @@ def test_it_goes_on_with_the_same_bytes(
     assert len(count.written) == len(set(count.written))
     # Copies that no mark covers are done again; at most those of a batch.
     assert ALL - done <= len(count.written) <= ALL - done + 6
-    assert report.resumed_bytes > 0 and not report.already_done
+    assert (report.resumed_bytes > 0 or done == 1) and not report.already_done
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -282,6 +282,27 @@ def test_force_goes_on_with_the_same_merge(inputs: Path, undisturbed: str, out: 
     assert digest(out) == undisturbed
 
 
+def test_one_that_is_half_done_is_left_alone_by_the_one_that_is_finished(
+    inputs: Path, undisturbed: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was to replace the finished output, and still can."""
+    sm.merge(inputs / "linear.yaml", out=out)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        left = iter(range(60))
+        record = ShardsSink.record
+
+        def stopping(sink: ShardsSink, receipt: object) -> None:
+            if next(left, None) is None:
+                raise Stop
+            record(sink, receipt)  # type: ignore[arg-type]
+
+        patch.setattr(ShardsSink, "record", stopping)
+        sm.merge(inputs / "ties.yaml", out=out, force=True)
+    assert sm.merge(inputs / "linear.yaml", out=out).already_done
+    assert sm.merge(inputs / "ties.yaml", out=out, force=True).resumed_bytes > 0
+    assert digest(out) == undisturbed
+
+
 @pytest.mark.parametrize("changed", ["base", "lora-1", "tokenizer"])
 def test_changed_inputs_are_refused_and_named(
     inputs: Path, tmp_path: Path, out: Path, changed: str
@@ -312,18 +333,22 @@ def test_inputs_that_were_only_touched_are_the_same(
     assert digest(out) == undisturbed
 
 
-def test_a_journal_of_another_version_is_refused(inputs: Path, out: Path) -> None:
+@pytest.mark.parametrize("other", ["format", "parts"])
+def test_a_journal_of_another_version_is_refused(inputs: Path, out: Path, other: str) -> None:
     stop_after(inputs / "ties.yaml", out, 60)
     journal = state(out) / "journal"
     opening = next(read_lines(journal)).record
     journal.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streammerge.storage.journal.VERSION", 1)
         opening.pop("journal")
+        if other == "format":
+            patch.setattr("streammerge.storage.journal.VERSION", 1)
+        else:
+            opening["colour"] = opening.pop("layout")
         Journal(journal, opening)
     with pytest.raises(OutputRefused, match="another version") as caught:
         sm.merge(inputs / "ties.yaml", out=out)
-    assert "a journal of format 1" in str(caught.value)
+    assert ("a journal of format 1" in str(caught.value)) == (other == "format")
 
 
 def test_elsewhere_is_a_warning_or_refused(

@@ -88,6 +88,10 @@ class ShardsSink:
     def commit(self) -> None:
         """Make everything durable, for good; returns when it is."""
         self.mark()
+        # In a thread, for a signal is not heeded while the main one waits for the disk.
+        self._committer.submit(self._sync_all).result()
+
+    def _sync_all(self) -> None:
         for shard in self._shards.values():
             shard.sync()
 

@@ -186,10 +186,15 @@ class RunDirectory:
 
 
 def clear_state(out: Path) -> None:
-    """Remove what a run left that was killed between publishing and tidying up."""
+    """Remove what a run left that was killed between publishing and tidying up.
+
+    A merge that is half done, which was to replace the output, can be gone on with.
+    """
     whole = out.absolute()
     for folder in (_beside(whole), whole / _INSIDE):
-        if folder.exists():
+        built = folder / _OUTPUT
+        half_done = (folder / JOURNAL).exists() and built.exists() and any(built.iterdir())
+        if folder.exists() and not half_done:
             with RunDirectory(out, folder):
                 pass
 

@@ -74,6 +74,20 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
         subprocess.run(["umount", "-l", str(point)], check=True)
 
 
+def test_a_setgid_folder_gives_its_group(inputs: Path, tmp_path: Path) -> None:
+    """As on a file system that a team shares."""
+    if os.geteuid():
+        pytest.skip("needs root, to give a folder to a group")
+    team = 54321
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, -1, team)
+    shared.chmod(0o2775)
+    out = sm.merge(inputs / "ties.yaml", out=shared / "out").out
+    assert {path.stat().st_gid for path in (out, *out.rglob("*"))} == {team}
+    assert out.stat().st_mode & 0o2000
+
+
 # --------------------------------------------------------------------------- an existing folder
 
 
