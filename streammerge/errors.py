@@ -2,7 +2,8 @@
 
     StreammergeError            70  a bug, unless a subclass says otherwise
     |-- ConfigError             78  the recipe or a setting asks for something that cannot be
-    |   `-- BudgetError         78  the merge does not fit; carries the least budget that would do
+    |   |-- BudgetError         78  the merge does not fit; carries the least budget that would do
+    |   `-- MethodError         78  a merge method of the user's own fails
     |-- InputMissing            66  a file or folder that was named is not there
     |-- BadInput                65  an input holds something that must not be merged
     |   `-- InputChanged        65  an input is not what it was when the merge was planned
@@ -77,6 +78,10 @@ class BudgetError(ConfigError):
     def __init__(self, what: str, *, least_bytes: int, found: str, remedy: str) -> None:
         self.least_bytes = least_bytes
         super().__init__(what, found=found, remedy=remedy)
+
+
+class MethodError(ConfigError):
+    """A merge method of the user's own fails, or returns what it must not."""
 
 
 class InputMissing(StreammergeError):

@@ -29,7 +29,7 @@ def recipe_options(command: _F) -> _F:
             metavar="DIR[=WEIGHT]",
             help="A full model to merge; may be given several times.",
         ),
-        click.option("--method", metavar="NAME", help="See `streammerge methods`."),
+        click.option("--method", metavar="NAME", help="One of `streammerge methods`, or a file."),
         click.option("--dtype", "out_dtype", metavar="NAME", help="Of the output: bfloat16, ..."),
         click.option("--out", metavar="DIR", help="Where the merged model goes."),
         click.option(

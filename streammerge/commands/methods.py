@@ -23,23 +23,31 @@ _WIDTH = 100
 
 
 def _find(name: str) -> MethodSpec:
-    found = WithOwn(CATALOGUE, (Path.cwd(),)).get(name)
+    methods = WithOwn(CATALOGUE, (Path.cwd(),))
+    found = methods.get(name)
     if found is None:
         from streammerge.recipe.wording import nearest  # brings pydantic: only for an error
 
-        near = nearest(name, CATALOGUE)
+        names = [*CATALOGUE, *methods.offered()]
+        near = nearest(name, names)
         raise ConfigError(
             "no such merge method",
             found=name,
-            expected=", ".join(CATALOGUE),
+            expected=", ".join(names),
             remedy=f"did you mean {near}?" if near else "`streammerge methods` lists them",
         )
     return found
 
 
+def _all() -> list[MethodSpec]:
+    """Ours, then those of installed packages."""
+    offered = WithOwn(CATALOGUE, ()).offered()
+    return [*CATALOGUE.values(), *map(_find, offered)]
+
+
 def catalogue(name: str | None = None) -> list[dict[str, Any]]:
     """For `--json`: one entry per method."""
-    chosen = [_find(name)] if name else list(CATALOGUE.values())
+    chosen = [_find(name)] if name else _all()
     return [
         {
             "name": spec.name,
@@ -58,7 +66,7 @@ def catalogue(name: str | None = None) -> list[dict[str, Any]]:
 def overview() -> str:
     """Some lines for each method: what it does, parameters, reads, memory, paper."""
     lines = []
-    for spec in CATALOGUE.values():
+    for spec in _all():
         about = spec.about.splitlines()[0]
         parameters = ", ".join([*spec.per_model, *spec.shared]) or "no parameters"
         facts = f"{parameters}; {_read_words(spec)}; {_tiles(spec)}"

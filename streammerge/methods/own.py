@@ -2,47 +2,50 @@
 
 `merge_method: ./soup.py` is the one method of that file, `./soup.py:soup` one of several; paths
 are relative to the recipe, else to the working directory. `merge_method: soup` may be the name of
-an entry point of the group `streammerge.methods`. Nothing is run that the recipe does not name.
+an entry point of the group `streammerge.methods`. Nothing is run that the recipe does not name, and
+nothing that lies where models come from.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from hashlib import sha256
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getsourcefile
 from pathlib import Path
-from types import ModuleType
 
-from streammerge.errors import ConfigError
+from streammerge.errors import ConfigError, MethodError
+from streammerge.methods.user_code import FAULTS, guarded, run_file, unloadable
 from streammerge.words import MethodSpec
 
 GROUP = "streammerge.methods"
 _FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<function>\w+))?")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 class WithOwn(Mapping[str, MethodSpec]):
     """A catalogue in which the user's own methods are found too; listed are the catalogue's.
 
-    Raises ConfigError for a file or package that gives no method.
+    Raises ConfigError for a file or package that gives no method, MethodError with file and line
+    for one that fails.
     """
 
     def __init__(self, known: Mapping[str, MethodSpec], folders: Sequence[Path]) -> None:
         self._known = known
         self._folders = folders
-        self._own: dict[str, MethodSpec] = {}
 
     def __getitem__(self, name: str) -> MethodSpec:
         if name in self._known:
             return self._known[name]
-        if name not in self._own:
-            file = _FILE.fullmatch(name)
-            found = self._of_file(file) if file else _of_package(name)
-            self._own[name] = replace(found, name=name, digest=_digest(found))
-        return self._own[name]
+        if file := _FILE.fullmatch(name):
+            path = _find(file["path"], self._folders)
+            _refuse_model_folder(path)
+            return _of_file(path, _read(path), file["function"], name)
+        return _of_package(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
@@ -50,47 +53,66 @@ class WithOwn(Mapping[str, MethodSpec]):
     def __len__(self) -> int:
         return len(self._known)
 
-    def _of_file(self, file: re.Match[str]) -> MethodSpec:
-        written = Path(file["path"]).expanduser()
-        paths = [folder / written for folder in self._folders]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            raise ConfigError(
-                "the file of the merge method is not there",
-                found=f"no file {' nor '.join(map(str, dict.fromkeys(paths)))}",
-                remedy="paths are relative to the recipe, else to the working directory",
-            )
-        return _chosen(_run(path), path, file["function"])
+    def offered(self) -> list[str]:
+        """The names that installed packages offer besides; no package is imported for it."""
+        names = {point.name for point in entry_points(group=GROUP)}
+        return sorted(names.difference(self._known))
 
 
-def _run(path: Path) -> ModuleType:
-    """The module of a file, run."""
-    spec = spec_from_file_location(f"own_method_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # for a name that ends in .py
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
-        raise _broken(str(path), error) from error
-    return module
+def _named(spec: MethodSpec, name: str, path: str, source: bytes) -> MethodSpec:
+    """As the recipe names it, of a file of that content."""
+    return guarded(replace(spec, name=name, digest=sha256(source).hexdigest()), path)
 
 
-def _broken(where: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"the merge method in {where} cannot be loaded",
-        found=f"{type(error).__name__}: {error}",
-        expected="a file that runs, with one typed function under @method(...)",
-        remedy="CONTRIBUTING.md and docs/own-methods.md show one",
+# ---------------------------------------------------------------------------------- of a file
+
+
+def _find(text: str, folders: Sequence[Path]) -> Path:
+    written = Path(text).expanduser()
+    paths = list(dict.fromkeys(Path(os.path.abspath(one / written)) for one in folders))
+    found = {os.path.realpath(path): path for path in paths if path.is_file()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise ConfigError(
+            "two files could be meant by the merge method",
+            found=" and ".join(map(str, found.values())),
+            remedy="write an absolute path",
+        )
+    raise ConfigError(
+        "the file of the merge method is not there",
+        found=f"no file {' nor '.join(map(str, paths))}",
+        remedy="paths are relative to the recipe, else to the working directory",
     )
 
 
-def _chosen(module: ModuleType, path: Path, function: str | None) -> MethodSpec:
-    found = {n: one for n, one in vars(module).items() if isinstance(one, MethodSpec)}
-    own = {n: one for n, one in found.items() if one.function.__module__ == module.__name__}
+def _refuse_model_folder(path: Path) -> None:
+    """Models are fetched from strangers, and so is code that lies among them."""
+    for place in (path, Path(os.path.realpath(path))):
+        for folder in place.parents:
+            if _holds_weights(folder):
+                raise ConfigError(
+                    "no code is run from a model's folder",
+                    found=f"{path}, and weights in {folder}",
+                    remedy="read the file; if you trust it, copy it beside your recipe",
+                )
+
+
+def _holds_weights(folder: Path) -> bool:
+    if (folder / "adapter_config.json").exists():
+        return True
+    has_config = (folder / "config.json").exists()
+    return has_config and any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
+
+
+@cache  # a method that is named twice is one
+def _of_file(path: Path, source: bytes, function: str | None, name: str) -> MethodSpec:
+    """The method of that function, or the only one."""
+    own = _methods_of(path, source)
     if function is None and len(own) == 1:
-        return next(iter(own.values()))
-    if function in own:
-        return own[function]
+        return _named(next(iter(own.values())), name, str(path), source)
+    if function is not None and function in own:
+        return _named(own[function], name, str(path), source)
     raise ConfigError(
         f"which method of {path.name} is meant is not clear"
         if function is None
@@ -101,21 +123,40 @@ def _chosen(module: ModuleType, path: Path, function: str | None) -> MethodSpec:
     )
 
 
+@cache  # a file is run once in a process
+def _methods_of(path: Path, source: bytes) -> Mapping[str, MethodSpec]:
+    """Those that the file defines itself, not those that it imports."""
+    module = run_file(path, source)
+    found = {n: one for n, one in vars(module).items() if isinstance(one, MethodSpec)}
+    return {n: one for n, one in found.items() if one.function.__module__ == module.__name__}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        what = f"the file of the merge method cannot be read: {error.strerror}"
+        raise ConfigError(what, found=str(path), remedy="give this user the right to") from error
+
+
+# ------------------------------------------------------------------------------- of a package
+
+
 def _of_package(name: str) -> MethodSpec:
     """The method of an entry point. Raises KeyError when there is none of the name."""
-    found = list(entry_points(group=GROUP, name=name))
-    if not found:
+    points = list(entry_points(group=GROUP, name=name))
+    if not points:
         raise KeyError(name)
     try:
-        spec = found[0].load()
-    except Exception as error:  # whatever the package raises
-        raise _broken(found[0].value, error) from error
+        spec = points[0].load()
+    except FAULTS as error:
+        raise unloadable(f"the installed method {name} cannot be loaded", error) from error
     if not isinstance(spec, MethodSpec):
-        raise _broken(found[0].value, TypeError(f"it is a {type(spec).__name__}, no @method"))
-    return spec
-
-
-def _digest(spec: MethodSpec) -> str:
-    """sha256 of the file that defines it: another file may give other bytes."""
-    source = getsourcefile(spec.function)
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+        raise MethodError(
+            f"the installed method {name} is none",
+            found=f"{points[0].value}, a {type(spec).__name__}",
+            expected="a function under @method(...)",
+            remedy="ask the authors of the package, or do without it",
+        )
+    path = getsourcefile(spec.function) or ""
+    return _named(spec, name, path, _read(Path(path)))

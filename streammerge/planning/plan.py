@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge import system
-from streammerge.errors import BudgetError, OutputRefused, Problems
+from streammerge.errors import Problems
 from streammerge.planning.adapter_output import AdapterOutput, adapter_output
-from streammerge.planning.budget import Flight, Start, fit
+from streammerge.planning.budget import Flight
 from streammerge.planning.checks import check_models, float64_note, template_notes
-from streammerge.planning.cost import Demand, add_up, predict_seconds, spilled_at_once
+from streammerge.planning.cost import Demand, predict_seconds
+from streammerge.planning.fitting import Limits, fitted
 from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.layout import lay_out_shards
@@ -170,21 +170,14 @@ def make_plan(
     layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
     layouts = (adapter.layout(),) if adapter else layouts
     store = SpillStore(spill.cache, keep=spill.keep)
-    size = sum(layout.size_bytes for layout in layouts)
 
-    def fitted(options: SpillOptions) -> _Fitted:
-        chooser = Chooser(options, threads)
-        composer = Composer(recipe, inputs, files, chooser, store)
-        demand = add_up(_jobs(composer, layouts, adapter))
-        start = Start(system.resident_bytes(), system.peak_resident_bytes())
-        flight = fit(demand, start, budget_bytes, threads)
-        if demand.spill.nbytes:
-            at_once = spilled_at_once(demand, flight.window, keep=options.keep)
-            options.check_room(at_once, size)
-        return chooser, demand, flight
+    def jobs(chooser: Chooser) -> Iterator[Job]:
+        return _jobs(Composer(recipe, inputs, files, chooser, store), layouts, adapter)
 
-    chooser, demand, flight, spill_notes = _with_spill(fitted, spill)
-    seconds = predict_seconds(demand, len(inputs.models), _ranks(inputs), flight.threads)
+    limits = Limits(budget_bytes, threads, sum(layout.size_bytes for layout in layouts))
+    fit = fitted(jobs, spill, limits)
+    notes += [fit.note] if fit.note else []
+    seconds = predict_seconds(fit.demand, len(inputs.models), _ranks(inputs), fit.flight.threads)
     return Plan(
         recipe=recipe,
         inputs=inputs,
@@ -192,32 +185,16 @@ def make_plan(
         layouts=layouts,
         adapter=adapter,
         files=files,
-        chooser=chooser,
+        chooser=fit.chooser,
         store=store,
-        demand=demand,
-        flight=flight,
-        spilled_at_once=spilled_at_once(demand, flight.window, keep=spill.keep),
+        demand=fit.demand,
+        flight=fit.flight,
+        spilled_at_once=fit.spilled_at_once,
         budget_bytes=budget_bytes,
         seconds=seconds,
-        notes=(*dict.fromkeys(notes), *spill_notes),
+        notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(warnings),
     )
-
-
-_Fitted = tuple[Chooser, Demand, Flight]
-
-
-def _with_spill(
-    fitted: Callable[[SpillOptions], _Fitted], options: SpillOptions
-) -> tuple[Chooser, Demand, Flight, list[str]]:
-    """As the options say; under `auto` nothing is spilled where memory or disk are too small."""
-    try:
-        return *fitted(options), []
-    except (BudgetError, OutputRefused) as problem:
-        if options.mode != "auto":
-            raise
-        found = fitted(replace(options, mode="never"))
-        return *found, [f"nothing is spilled: {problem.what}"]
 
 
 def _adapter(

@@ -158,9 +158,12 @@ def check_weights(
     shared: Mapping[str, KnobValue],
     where: Place,
 ) -> None:
-    """Raise ConfigError when `normalize` would divide by weights that sum to nothing."""
+    """Raise ConfigError when `normalize` would divide by weights that sum to nothing.
+
+    What a method of the user's own does with them only its author knows.
+    """
     total = math.fsum(weights)
-    if abs(total) >= _LEAST_SUM:
+    if abs(total) >= _LEAST_SUM or method.digest:
         return
     key = next((key for key in _DIVIDING if shared.get(key) is True), None)
     if key and method.name not in _VOTING:

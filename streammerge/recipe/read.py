@@ -120,8 +120,8 @@ class _Reading:
             return None
         try:
             found = self._methods.get(name)
-        except ConfigError as problem:
-            problem.where = self._document.spot(("merge_method",)).value
+        except StreammergeError as problem:
+            problem.where = problem.where or self._document.spot(("merge_method",)).value
             self._problems.add(problem)
             return None
         if found is None:

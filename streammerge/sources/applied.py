@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from streammerge.arrays import PerModel, Rows
+from streammerge.errors import MethodError
 from streammerge.kernels.weighted import sum_of_squares
 from streammerge.memory import Scratch
 from streammerge.sources.needs import Needs
@@ -77,11 +78,14 @@ class Applied:
         return merged, norms
 
     def _checked(self, merged: Rows, shape: tuple[int, ...]) -> Rows:
-        if merged.dtype == np.float32 and merged.shape == shape:
+        found = np.asarray(merged)
+        if found.dtype == np.float32 and found.shape == shape:
             return merged
-        raise TypeError(
-            f"the method {self._method.name} returned {merged.dtype} {merged.shape}, "
-            f"expected float32 {shape}"
+        raise MethodError(
+            f"the merge method {self._method.name} returns something else than rows",
+            found=f"{type(merged).__name__} of {found.dtype} {found.shape}",
+            expected=f"float32 {shape}",
+            remedy="return rows of the shape of one model's, in float32",
         )
 
     def waves(self) -> Sequence[Sequence[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from streammerge.arrays import Factor, PerModel, Rows
+from streammerge.errors import MethodError
 from streammerge.kernels.weighted import sum_of_squares
 from streammerge.memory import Scratch
 from streammerge.sources.needs import Needs
@@ -59,9 +60,11 @@ class Combined:
         found = self._method.function(None, **arguments)
         if isinstance(found, Coefficients) and len(found.models) == self._knobs.models:
             return Coefficients([_plain(one) for one in found.models], _plain(found.base))
-        raise TypeError(
-            f"the method {self._method.name} returned {found!r}, expected Coefficients of "
-            f"{self._knobs.models} models"
+        raise MethodError(
+            f"the merge method {self._method.name} returns no coefficients of all models",
+            found=repr(found),
+            expected=f"Coefficients of {self._knobs.models} models",
+            remedy="return Coefficients with one number for each model of the recipe",
         )
 
     @property

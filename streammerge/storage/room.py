@@ -7,6 +7,7 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+from streammerge import system
 from streammerge.errors import OutputRefused, Problems
 from streammerge.sizes import format_size
 
@@ -19,8 +20,7 @@ def check_room(folder: Path, sizes: Sequence[int]) -> None:
     problems = Problems()
     there = _below(folder)
     free = os.statvfs(_existing(folder))
-    blocks = free.f_bfree if os.geteuid() == 0 else free.f_bavail
-    room = blocks * free.f_frsize + sum(one.st_blocks * 512 for one in there)
+    room = system.free_bytes(str(_existing(folder))) + sum(one.st_blocks * 512 for one in there)
     if room < sum(sizes):
         found, expected = f"{format_size(room)} free", format_size(sum(sizes))
         problems.add(_short("not enough space for the output", folder, found, expected))
