@@ -112,6 +112,48 @@ def merge(
     _print(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
 
 
+@cli.command("extract-lora")
+@click.argument("tuned", type=click.Path())
+@click.option("--base", metavar="DIR", required=True, help="The model that it was tuned from.")
+@click.option("--rank", type=click.IntRange(min=1), required=True, help="Of every matrix.")
+@click.option("--out", metavar="DIR", required=True, help="Where the adapter goes.")
+@click.option("--embeddings", is_flag=True, help="Save embeddings and head whole, as modules.")
+@click.option("--norms", is_flag=True, help="Save norms whole, as modules.")
+@click.option("--dtype", "out_dtype", metavar="NAME", help="Of the adapter; default: float32.")
+@click.option("--memory", metavar="SIZE", help="The most memory to use.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs.")
+@click.option("--seed", type=int, help="Of the random vectors that look for directions.")
+@click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Write what sets the model TUNED apart from its base as a LoRA adapter.
+
+    Each matrix gets the factors nearest to the difference, and what they miss is measured.
+    Embeddings, head and norms are left out unless they are asked for.
+
+    \b
+        streammerge extract-lora ./tuned --base ./llama --rank 32 --out ./adapter
+    """
+    from streammerge.signals import Signals
+
+    with Signals(_same_command()) as signals:
+        _prepare(None)
+        from pathlib import Path
+
+        from streammerge import engine, progress
+        from streammerge.commands.extract import recipe_of
+        from streammerge.manner import Manner
+
+        limits = {name: options.pop(name) for name in ("memory", "threads")}
+        recipe = recipe_of(tuned, **options)
+        with progress.reporter(quiet=False, log_format="text") as emit:
+            made = engine.plan(recipe, out=out, emit=emit, **limits)
+            emit(progress.planned(made))
+            manner = Manner(force, stopped=signals.stopped, emit=emit)
+            report = engine.run(made, Path(out), manner)
+    _print(json.dumps(report.as_dict()) if as_json else progress.describe_report(report))
+
+
 @cli.command()
 @recipe_options
 def plan(config: str | None, as_json: bool, **options: Any) -> None:

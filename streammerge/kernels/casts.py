@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from streammerge.arrays import RawBytes, Rows
+from streammerge.memory import Scratch
 from streammerge.words import DType
 
 # The numpy type that carries the stored bytes of each float type.
@@ -54,3 +55,11 @@ def not_finite(rows: Rows) -> int:
     from streammerge.kernels import cpu
 
     return int(cpu.count_not_finite(rows.reshape(-1)))
+
+
+def round_to(rows: Rows, dtype: DType, scratch: Scratch) -> None:
+    """Rows as they will be stored, still as float32; an overflow is found when they are."""
+    if dtype not in (DType.F32, DType.F64):
+        stored = scratch.array("rounded", (rows.size * dtype.itemsize,), np.uint8)
+        narrow(rows, dtype, stored)
+        widen(stored, dtype, rows)

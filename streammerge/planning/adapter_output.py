@@ -6,22 +6,22 @@ An update of a tensor becomes factors A `[rank, in]` and B `[out, rank]` with a 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from streammerge.planning.adapter_fit import Fit
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.jobs import Composer, Job, MergeJob
 from streammerge.planning.layout import output_spec
 from streammerge.planning.outline import Outline
-from streammerge.planning.spaces import Split
 from streammerge.recipe import Recipe
 from streammerge.sources.direct import Direct
 from streammerge.sources.factor_rows import Left, Right
+from streammerge.sources.sketched import Sketch, SketchedLeft, SketchedRight
 from streammerge.storage.shard import ShardLayout, lay_out
-from streammerge.words import DType, Factors, TensorSpec
+from streammerge.words import DType, Factors, Merged, TensorSpec
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -38,6 +38,7 @@ class Factored:
     module: str  # as the adapters call it
     turned: bool
     embedding: bool
+    sketched: bool  # from a dense update, not from factors
     a: TensorSpec
     b: TensorSpec
 
@@ -52,6 +53,7 @@ class AdapterOutput:
 
     factored: tuple[Factored, ...]
     whole: dict[str, TensorSpec]  # the base's tensor -> what is saved in its place
+    seed: int
 
     def layout(self) -> ShardLayout:
         factors = [spec for one in self.factored for spec in (one.a, one.b)]
@@ -65,9 +67,26 @@ class AdapterOutput:
     def jobs(self, composer: Composer, layout: ShardLayout) -> Iterator[Job]:
         """In the order of the file."""
         for one in self.factored:
-            yield from _factor_jobs(one, composer, layout)
+            if one.a.numel and one.b.numel:
+                yield from self._factor_jobs(one, composer, layout)
         for name, spec in self.whole.items():
             yield composer.job(name, layout.extents[spec.name])
+
+    def _factor_jobs(self, one: Factored, composer: Composer, layout: ShardLayout) -> Iterator[Job]:
+        """A, then B; what both come of is found when the first is wanted."""
+        a, b = layout.extents[one.a.name], layout.extents[one.b.name]
+        parts = composer.assembly.parts(one.tensor)
+        right: Merged
+        left: Merged
+        if one.sketched:
+            sketch = Sketch(composer.update(one.tensor), one.rank, a.spec.dtype, self.seed)
+            right, left = SketchedRight(a.spec, sketch), SketchedLeft(b.spec, sketch)
+        else:
+            of_rank = composer.pairs.of_rank
+            pair = of_rank(one.tensor, parts, one.rank, a.spec.dtype, turned=one.turned)
+            right, left = Direct(Right(a.spec, pair)), Direct(Left(b.spec, pair))
+        yield MergeJob(right, a, ())
+        yield MergeJob(left, b, parts.positions)
 
     def config(self, base: str) -> dict[str, Any]:
         """adapter_config.json; `base` is the display name of the base model."""
@@ -94,54 +113,63 @@ class AdapterOutput:
         }
 
 
-def adapter_output(recipe: Recipe, inputs: Inputs, outline: Outline, found: Split) -> AdapterOutput:
-    """The tensors of the output: factors where all updates are low-rank, the others whole."""
+def adapter_output(recipe: Recipe, inputs: Inputs, outline: Outline, fit: Fit) -> AdapterOutput:
+    """The tensors of the output: factors of what is a matrix, and what is saved whole."""
     dtype = recipe.out_dtype or DType.F32
-    factored = tuple(_factored(name, inputs, recipe.rank, dtype) for name in found.low_rank)
-    others = [name for names in found.replaced.values() for name in names]
-    specs = {n: output_spec(inputs.donor.tensors[n].spec, outline, dtype) for n in others}
+    factored = []
+    for name in (*fit.paired, *fit.sketched):
+        spec, place = inputs.donor.tensors[name].spec, _place(name, inputs)
+        most = min(recipe.rank or spec.cols, spec.rows, spec.cols)
+        rank = min(most, _ranks(name, inputs)) if name in fit.paired else most
+        factored.append(_factored(spec, place, rank, dtype, sketched=name in fit.sketched))
+    specs = {n: output_spec(inputs.donor.tensors[n].spec, outline, dtype) for n in fit.whole}
     whole = {n: replace(spec, name=_PREFIX + n) for n, spec in specs.items()}
-    return AdapterOutput(factored, whole)
+    return AdapterOutput(tuple(factored), whole, recipe.seed)
 
 
-def _factored(name: str, inputs: Inputs, most: int | None, dtype: DType) -> Factored:
-    """Called and turned as the first adapter that touches the tensor has it."""
-    adapters = [model.adapter for model in inputs.models if model.adapter]
-    found = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
-    updates = [update for update in found if isinstance(update, Factors)]
-    turned = updates[0].left.transposed
-    key = (updates[0].left if turned else updates[0].right).extent.spec.name
-    module = key.partition(".lora_")[0].replace("_orig_mod.", "").removeprefix(_PREFIX)
-    spec = inputs.donor.tensors[name].spec
-    rank = min(sum(update.rank for update in updates), spec.rows, spec.cols, most or spec.cols)
-    embedding = ".lora_embedding_" in key
-    a, b = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if embedding
-        else (
-            "lora_A.weight",
-            "lora_B.weight",
-        )
-    )
-    inner, outer = (spec.rows, spec.cols) if turned else (spec.cols, spec.rows)
-    kernel = spec.shape[2:]
-    inputs_of = (inner // math.prod(kernel), *kernel) if kernel else (inner,)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where PEFT finds a tensor: its module, whether that is an embedding, or stores [in, out]."""
+
+    module: str
+    embedding: bool = False
+    turned: bool = False
+
+
+def _place(name: str, inputs: Inputs) -> _Place:
+    """As the first adapter that touches the tensor has it; else as the base calls it."""
+    for update in _updates(name, inputs):
+        turned = update.left.transposed
+        key = (update.left if turned else update.right).extent.spec.name
+        module = key.partition(".lora_")[0].replace("_orig_mod.", "").removeprefix(_PREFIX)
+        return _Place(module, ".lora_embedding_" in key, turned)
+    return _Place(name.removesuffix(".weight"))
+
+
+def _updates(name: str, inputs: Inputs) -> Iterator[Factors]:
+    for model in inputs.models:
+        update = model.adapter.updates.get(name) if model.adapter else None
+        if isinstance(update, Factors):
+            yield update
+
+
+def _ranks(name: str, inputs: Inputs) -> int:
+    return sum(update.rank for update in _updates(name, inputs))
+
+
+def _factored(
+    spec: TensorSpec, place: _Place, rank: int, dtype: DType, *, sketched: bool
+) -> Factored:
+    """Kernels of convolutions stay in A; B is one of size one."""
+    a, b = ("A", "B") if place.embedding else ("A.weight", "B.weight")
+    start = f"{_PREFIX}{place.module}.lora_{'embedding_' if place.embedding else ''}"
+    outer, *inner = (spec.cols, spec.rows) if place.turned else spec.shape
     return Factored(
-        tensor=name,
-        module=module,
-        turned=turned,
-        embedding=embedding,
-        a=TensorSpec(f"{_PREFIX}{module}.{a}", (rank, *inputs_of), dtype),
-        b=TensorSpec(f"{_PREFIX}{module}.{b}", (outer, rank, *(1 for _ in kernel)), dtype),
+        tensor=spec.name,
+        module=place.module,
+        turned=place.turned,
+        embedding=place.embedding,
+        sketched=sketched,
+        a=TensorSpec(start + a, (rank, *inner), dtype),
+        b=TensorSpec(start + b, (outer, rank, *(1 for _ in inner[1:])), dtype),
     )
-
-
-def _factor_jobs(one: Factored, composer: Composer, layout: ShardLayout) -> Iterator[Job]:
-    """Both factors come of one pair, which is found when the first is wanted."""
-    a, b = layout.extents[one.a.name], layout.extents[one.b.name]
-    if not (one.rank and a.spec.numel and b.spec.numel):
-        return
-    parts = composer.assembly.parts(one.tensor)
-    pair = composer.pairs.of_rank(one.tensor, parts, one.rank, a.spec.dtype, turned=one.turned)
-    yield MergeJob(Direct(Right(a.spec, pair)), a, ())
-    yield MergeJob(Direct(Left(b.spec, pair)), b, parts.positions)

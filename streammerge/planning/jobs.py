@@ -135,6 +135,16 @@ class Composer:
             return _merge_job(merged, chosen, target, part, choices)
         return self._weighted(base, chosen, numbers, part, target)
 
+    def update(self, name: str) -> Merged:
+        """The merge of a tensor without its base, of a method that is handed differences."""
+        parts = self.assembly.parts(name)
+        base, models = parts.base, parts.models
+        if self._method.returns == "rows":
+            applied = Applied(self._method, parts.knobs, base, models, update_only=True)
+            return _prepared(applied, models)
+        combined = Combined(self._files, self._method, parts.knobs, base, models, update_only=True)
+        return _prepared(combined, models)
+
     def _larger(self, name: str, known: Job, target: Extent) -> Job:
         """`known`, with the rows that the base lacks: the weighted mean of the models' that have
         them. What one model stores and nothing changes is copied with all its rows."""
@@ -189,7 +199,10 @@ def _merge_job(
     part: tuple[int, ...],
     choices: tuple[Choice, ...] = (),
 ) -> MergeJob:
+    return MergeJob(_prepared(merged, models), target, part, choices=choices)
+
+
+def _prepared(merged: Merged, models: Sequence[Source]) -> Merged:
     """What the models must be given first is measured before everything else."""
-    if any(model.own_statistics for model in models):
-        merged = Prepared(merged, models)
-    return MergeJob(merged, target, part, choices=choices)
+    wanted = any(model.own_statistics for model in models)
+    return Prepared(merged, models) if wanted else merged

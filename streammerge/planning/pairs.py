@@ -54,11 +54,19 @@ class Pairs:
         combine = self._combine(tensor, parts)
         return combine if isinstance(combine, str) else None
 
+    def why_no_update(self, parts: Parts) -> str | None:
+        """Why a merge is not the base and an update, of whatever rank; None where it is."""
+        statistics = self._method.statistics.values()
+        reads_base = any(one.reads_base(parts.knobs) for one in statistics)
+        if self._on_deltas and not reads_base and not self._method.wants_base:
+            return None
+        return f"{self._method.name} merges the base's own values, too"
+
     def _combine(self, tensor: str, parts: Parts) -> Combine | str:
         """How the core matrices become one, or why they cannot."""
         found: Combine | str | None = self._weighted(parts)
         if found is None:
-            why = self._why_dense(parts.knobs)
+            why = self.why_no_update(parts) or self._why_dense(parts.knobs)
             found = why or InCore(self._files, self._method, parts.knobs, tensor)
         if isinstance(found, str) or not self._isotropize:
             return found
@@ -79,8 +87,6 @@ class Pairs:
 
     def _why_dense(self, knobs: Knobs) -> str | None:
         method, statistics = self._method, self._method.statistics.values()
-        if not self._on_deltas or any(one.reads_base(knobs) for one in statistics):
-            return f"{method.name} merges the base's own values, too"
         same = method.returns == "coefficients" and all(
             one.by_products(knobs) for one in statistics
         )

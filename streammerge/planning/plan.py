@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import Problems
+from streammerge.planning.adapter_fit import Fitting
 from streammerge.planning.adapter_output import AdapterOutput, adapter_output
 from streammerge.planning.budget import Flight
 from streammerge.planning.checks import check_models, float64_note, template_notes
@@ -20,7 +21,7 @@ from streammerge.planning.layout import lay_out_shards
 from streammerge.planning.outline import Outline
 from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
-from streammerge.planning.spaces import Split, check_adapter, check_core, split
+from streammerge.planning.spaces import check_core, split
 from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
 from streammerge.planning.ties import settle_tie
 from streammerge.planning.vocabulary import settle_vocabulary
@@ -164,9 +165,13 @@ def make_plan(
             warnings += [f"{model.name}: {line}" for line in model.adapter.warnings]
     files = Files(inputs.stamps(), io)
     found = split(inputs)
-    notes += check_core(recipe, found, problems)
-    adapter = _adapter(recipe, inputs, outline, found, files, problems)
+    assembly, pairs = Assembly(recipe, inputs, files), Pairs(recipe, files)
+    notes += check_core(recipe, found, assembly, pairs, problems)
+    fitting = Fitting(recipe, inputs, assembly, pairs, problems)
+    fit_of = fitting.fit(found) if recipe.kind == "adapter" else None
     problems.raise_any()
+    adapter = adapter_output(recipe, inputs, outline, fit_of) if fit_of else None
+    warnings += fit_of.warnings() if fit_of else []
     layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
     layouts = (adapter.layout(),) if adapter else layouts
     store = SpillStore(spill.cache, keep=spill.keep)
@@ -195,22 +200,6 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(warnings),
     )
-
-
-def _adapter(
-    recipe: Recipe,
-    inputs: Inputs,
-    outline: Outline,
-    found: Split,
-    files: Files,
-    problems: Problems,
-) -> AdapterOutput | None:
-    if recipe.kind == "model":
-        return None
-    before = len(problems)
-    assembly, pairs = Assembly(recipe, inputs, files), Pairs(recipe, files)
-    check_adapter(recipe, found, assembly, pairs, problems)
-    return adapter_output(recipe, inputs, outline, found) if len(problems) == before else None
 
 
 def _jobs(

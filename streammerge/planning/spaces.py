@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.errors import BadInput, ConfigError, Problems
+from streammerge.errors import BadInput, Problems
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
@@ -70,79 +70,41 @@ def _why_dense(model: Model, tensor: str) -> str | None:
             return f"{model.name} saves it whole"
 
 
-def check_core(recipe: Recipe, found: Split, problems: Problems) -> list[str]:
+def check_core(
+    recipe: Recipe, found: Split, assembly: Assembly, pairs: Pairs, problems: Problems
+) -> list[str]:
     """Whether the tensors suit a method on core matrices; returns notes for the plan."""
     others = {**found.replaced, **found.dense}
     if recipe.method.space == "cores":
         what = f"{recipe.method.name} merges low-rank updates, and some here are not"
-        _refuse(what, others, "another method; task_arithmetic and ties take any update", problems)
-    elif recipe.space == "core":
-        return [f"core space: {_count(found.low_rank)}", *_in_full(others)]
-    return []
+        _refuse(what, others, problems)
+        return []
+    if recipe.space == "full" or not found.low_rank:
+        return []
+    first = found.low_rank[0]
+    if why := pairs.why_none(first, assembly.parts(first)):
+        return [f"full space: all tensors, as {why}"]
+    in_full = [f"full space: {some(names)}, as {reason}" for reason, names in others.items()]
+    return [f"core space: {count(found.low_rank)}", *in_full]
 
 
-def _in_full(others: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for reason, names in others.items():
-        yield f"full space: {_some(names)}, as {reason}"
-
-
-def check_adapter(
-    recipe: Recipe, found: Split, assembly: Assembly, pairs: Pairs, problems: Problems
-) -> None:
-    """Whether the merge can be written as an adapter."""
-    if recipe.base is None:
-        problems.add(
-            ConfigError(
-                "an adapter as output needs a base to be an adapter of",
-                found="no base_model",
-                remedy="add `base_model: ...`",
-            )
-        )
-        return
-    what = "the merge is no adapter: some of its updates are not low-rank"
-    _refuse(what, found.dense, "`kind: model`", problems)
-    if not found.low_rank:
-        problems.add(
-            BadInput(
-                "the merge is no adapter: there is no low-rank update in it",
-                found=f"{sum(map(len, found.replaced.values()))} tensors that are saved whole",
-                remedy="write `kind: model`",
-            )
-        )
-        return
-    whys: dict[str | None, str] = {}
-    for name in found.low_rank:
-        whys.setdefault(pairs.why_none(name, assembly.parts(name)), name)
-    for why, name in whys.items():
-        if why is not None:
-            problems.add(
-                ConfigError(
-                    "the merge cannot be written as an adapter",
-                    where=name,
-                    found=why,
-                    remedy="write `kind: model`, or choose another method",
-                )
-            )
-
-
-def _refuse(
-    what: str, others: Mapping[str, Sequence[str]], instead: str, problems: Problems
-) -> None:
+def _refuse(what: str, others: Mapping[str, Sequence[str]], problems: Problems) -> None:
     for reason, names in others.items():
         problems.add(
             BadInput(
                 what,
-                found=f"{_some(names)}: {reason}",
+                found=f"{some(names)}: {reason}",
                 expected="LoRA adapters of the base and nothing else",
-                remedy=f"leave that model out, or choose {instead}",
+                remedy="leave that model out, or choose another method: task_arithmetic and ties "
+                "take any update",
             )
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _count(names: Sequence[str]) -> str:
+def count(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"

@@ -46,6 +46,30 @@ def build_recipe(
     return parse_recipe(text, COMMAND_LINE, Path(), methods, problems)
 
 
+def extraction(
+    *,
+    tuned: str,
+    base: str,
+    rank: int,
+    saved: Sequence[str],
+    methods: Mapping[str, MethodSpec],
+    problems: Problems,
+    out_dtype: str | None = None,
+    seed: int | None = None,
+) -> Recipe | None:
+    """The recipe of a fine-tune's difference from its base, as an adapter."""
+    keys: dict[str, Any] = {
+        "base_model": base,
+        "merge_method": "task_arithmetic",
+        "models": [{"model": tuned}],
+        "out_dtype": out_dtype,
+        "seed": seed,
+        "output": {"kind": "adapter", "rank": rank, "save": list(saved)},
+    }
+    text = dump({key: value for key, value in keys.items() if value is not None})
+    return parse_recipe(text, COMMAND_LINE, Path(), methods, problems)
+
+
 def _weighted(option: str) -> tuple[str, float | None]:
     """`PATH=WEIGHT`; an existing path as a whole is that path, whatever it ends in."""
     path, equals, weight = option.rpartition("=")

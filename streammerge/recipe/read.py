@@ -103,6 +103,7 @@ class _Reading:
             shard_bytes=shard_bytes,
             kind=output.kind,
             rank=output.rank,
+            saved=None if output.save is None else tuple(output.save),
             space=self._shape.space or "full",
             isotropize=self._shape.isotropize or False,
             folder=self._folder,
@@ -223,11 +224,11 @@ class _Reading:
         output = shaped(OutputShape, self._document, ("output",), self._problems)
         if output is None:
             return OutputShape.model_validate({}), None
-        unfit = "shard_size" if output.kind == "adapter" else "rank"
-        if getattr(output, unfit) is not None:
-            self._problems.add(self._unfit(unfit, output.kind))
-            return output, None
-        return output, self._shard_bytes(output.shard_size)
+        unfit = ("shard_size",) if output.kind == "adapter" else ("rank", "save")
+        wrong = [key for key in unfit if getattr(output, key) is not None]
+        for key in wrong:
+            self._problems.add(self._unfit(key, output.kind))
+        return output, None if wrong else self._shard_bytes(output.shard_size)
 
     def _unfit(self, key: str, kind: str) -> ConfigError:
         other = "model" if kind == "adapter" else "adapter"

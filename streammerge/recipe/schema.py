@@ -84,6 +84,9 @@ class OutputShape(Shape):
     path: Text | None = Field(None, description="text: the path of a folder")
     kind: Literal["model", "adapter"] = Field("model", description="model or adapter")
     rank: int | None = Field(None, ge=1, description="a whole number, at least 1")
+    save: list[Literal["embeddings", "norms"]] | None = Field(
+        None, description="a list of embeddings and norms, or []"
+    )
     shard_size: int | Text | None = Field(None, description="a size such as 2GiB or 512MiB")
 
 
@@ -102,7 +105,7 @@ class RecipeShape(Shape):
         None, description="text: the name of the adapter whose tokenizer the output takes, or base"
     )
     output: Text | dict[str, Any] | None = Field(
-        None, description="a path, or a mapping {path, kind, rank, shard_size}"
+        None, description="a path, or a mapping {path, kind, rank, save, shard_size}"
     )
     space: Literal["full", "core"] | None = Field(None, description="full or core")
     isotropize: bool | None = Field(None, description="true or false")

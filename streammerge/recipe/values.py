@@ -49,7 +49,9 @@ class Recipe:
     recipe's `out_dtype`, else its `dtype`. `tokenizer` is the name of the entry whose adapter gives
     it, or "base"; None where the inputs decide. `output` is a path and `shard_bytes` the most bytes
     of an output file; `rank` is the most that an adapter as output may have, None for as much as it
-    takes. Relative paths start at `folder`: the recipe file's, or the working directory.
+    takes; `saved` are the kinds of tensors that it holds whole where they are no low-rank matrices,
+    None where such are refused. Relative paths start at `folder`: the recipe file's, or the working
+    directory.
     `warnings` are whole lines, one for each key that has no effect, with its places.
     """
 
@@ -64,6 +66,7 @@ class Recipe:
     shard_bytes: int | None
     kind: Literal["model", "adapter"]
     rank: int | None
+    saved: tuple[Literal["embeddings", "norms"], ...] | None
     space: Literal["full", "core"]
     isotropize: bool  # in core space: the merged singular values become their mean
     folder: Path

@@ -98,13 +98,14 @@ def _residual(entry: Entry) -> dict[str, bool]:
     return {"assume_residual_base": True} if entry.assume_residual_base else {}
 
 
-def _output(recipe: Recipe) -> str | dict[str, str | int] | None:
+def _output(recipe: Recipe) -> str | dict[str, Any] | None:
     if recipe.shard_bytes is None and recipe.kind == "model":
         return recipe.output
-    said: dict[str, str | int | None] = {
+    said: dict[str, Any] = {
         "path": recipe.output,
         "kind": None if recipe.kind == "model" else recipe.kind,
         "rank": recipe.rank,
+        "save": None if recipe.saved is None else list(recipe.saved),
         "shard_size": recipe.shard_bytes,
     }
     return {key: value for key, value in said.items() if value is not None}

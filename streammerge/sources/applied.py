@@ -25,11 +25,21 @@ from streammerge.words import (
 
 
 class Applied:
-    """`base + method(deltas)`, or `method(weights)`, for the models that touch the tensor."""
+    """`base + method(deltas)`, or `method(weights)`, for the models that touch the tensor.
+
+    `update_only` leaves the base out of the sum.
+    """
 
     def __init__(
-        self, method: MethodSpec, knobs: Knobs, base: Source | None, models: Sequence[Source]
+        self,
+        method: MethodSpec,
+        knobs: Knobs,
+        base: Source | None,
+        models: Sequence[Source],
+        *,
+        update_only: bool = False,
     ) -> None:
+        self._update_only = update_only
         self._method = method
         self._knobs = knobs
         self._base = base if method.on_deltas(has_base=base is not None) else None
@@ -73,7 +83,7 @@ class Applied:
         if self._method.wants_base:
             arguments["base"] = stack.base()
         merged = self._checked(self._method.function(deltas, **arguments), shape)
-        if self._base is not None:
+        if self._base is not None and not self._update_only:
             np.add(stack.base(), merged, out=merged)
         return merged, norms
 

@@ -31,7 +31,8 @@ class Combined:
     """On deltas `b * base + sum c_i d_i`, on weights `sum c_i x_i`; the method says b and c.
 
     The method is called once, when its statistics are there. In float32: the deltas in the order
-    of the models (one product over stacked factors, where that is all they are), the base last.
+    of the models (one product over stacked factors, where that is all they are), the base last;
+    `update_only` leaves it out.
     """
 
     def __init__(
@@ -41,7 +42,10 @@ class Combined:
         knobs: Knobs,
         base: Source | None,
         models: Sequence[Source],
+        *,
+        update_only: bool = False,
     ) -> None:
+        self._update_only = update_only
         self._method = method
         self._knobs = knobs
         self._base = base if method.on_deltas(has_base=base is not None) else None
@@ -104,7 +108,8 @@ class Combined:
         self._base.read(tile, base, scratch)
         norms[0] = sum_of_squares(base)
         norms[1:] = self._models.add_up(tile, factors, base, out, scratch)
-        add_times(out, self._found.base, base, tile)
+        if not self._update_only:
+            add_times(out, self._found.base, base, tile)
         return out, norms
 
     def waves(self) -> Sequence[Sequence[str]]:

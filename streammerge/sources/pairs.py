@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from streammerge.arrays import PerModel, Rows
-from streammerge.kernels.casts import narrow, widen
+from streammerge.kernels.casts import round_to
 from streammerge.kernels.spectral import svd
 from streammerge.memory import Scratch
 from streammerge.sources.core import BLOCK, LowRank, core_bytes, core_space
@@ -151,7 +151,7 @@ class Mixed:
         mixed[...] = exact
         if self._cut is None:
             return mixed, norms
-        _round(mixed, self._dtype, scratch)
+        round_to(mixed, self._dtype, scratch)
         exact[...] = mixed
         return mixed, np.append(norms, _missed(wide, exact, found, scratch))
 
@@ -175,7 +175,7 @@ class Mixed:
             basis = space.to_right.T @ stored[:, start : start + BLOCK]
             block: Rows = np.zeros((self.rank, basis.shape[1]), np.float32)
             block[: len(after)] = after @ basis
-            _round(block, self._dtype, scratch)
+            round_to(block, self._dtype, scratch)
             right[:, start : start + BLOCK] = block
             in_basis += basis @ block.T
             gram += block.astype(np.float64) @ block.T
@@ -226,14 +226,6 @@ class Mixed:
         with self._lock:
             self._found = None
         self._product.release()
-
-
-def _round(rows: Rows, dtype: DType, scratch: Scratch) -> None:
-    """To what will be stored; an overflow is found when it is."""
-    if dtype not in (DType.F32, DType.F64):
-        stored = scratch.array("rounded", (rows.size * dtype.itemsize,), np.uint8)
-        narrow(rows, dtype, stored)
-        widen(stored, dtype, rows)
 
 
 def _missed(left: Core, mixed: Core, found: _Found, scratch: Scratch) -> tuple[float, float]:

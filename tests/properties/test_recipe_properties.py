@@ -71,6 +71,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         shard_bytes=None if adapter else draw(st.none() | st.integers(1, 2**63 - 1)),
         kind="adapter" if adapter else "model",
         rank=draw(st.none() | st.integers(1, 512)) if adapter else None,
+        saved=draw(st.sampled_from([None, (), ("norms",)])) if adapter else None,
         space="core" if core else "full",
         isotropize=core and draw(st.booleans()),
         folder=FOLDER,

@@ -1,0 +1,38 @@
+"""What sets a fine-tune apart from its base, as an adapter: a merge of one model into factors."""
+
+from __future__ import annotations
+
+from streammerge.errors import Problems
+from streammerge.methods import CATALOGUE
+from streammerge.recipe import Recipe, extraction
+
+
+def recipe_of(
+    tuned: str,
+    *,
+    base: str,
+    rank: int,
+    embeddings: bool = False,
+    norms: bool = False,
+    out_dtype: str | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """The recipe whose merge is the adapter; `embeddings` and `norms` are saved whole, or left out.
+
+    Raises StreammergeError.
+    """
+    problems = Problems()
+    asked = {"embeddings": embeddings, "norms": norms}
+    recipe = extraction(
+        tuned=tuned,
+        base=base,
+        rank=rank,
+        saved=[kind for kind, wanted in asked.items() if wanted],
+        methods=CATALOGUE,
+        problems=problems,
+        out_dtype=out_dtype,
+        seed=seed,
+    )
+    problems.raise_any()
+    assert recipe is not None  # else there was a problem
+    return recipe

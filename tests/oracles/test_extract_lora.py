@@ -1,0 +1,113 @@
+"""extract-lora and merges of full rank as adapters: what PEFT makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from peft_models import Shelf, load, make_llama
+from test_adapter_output import beside, distance, llama, merge
+from test_logits import MEMORY, TIGHT, logits
+
+import streammerge as sm
+from streammerge.commands.extract import recipe_of
+from streammerge.errors import ConfigError
+from streammerge.storage.record import read_record
+from tests.oracles import low_rank as oracle
+from tests.running import run
+
+RANK = 3
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("extracted"))
+
+
+def tuned(folder: Path, base: Path, *, norms: bool, noise: float) -> Path:
+    """The base with a change of rank 3 to every linear layer, and noise."""
+    import torch
+
+    model = load(base)
+    draw = torch.Generator().manual_seed(9)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * norms * torch.randn(weight.shape, generator=draw)
+        elif "proj" in name:
+            left = torch.randn(weight.shape[0], RANK, generator=draw)
+            right = torch.randn(RANK, weight.shape[1], generator=draw)
+            weight.data += 0.05 * left @ right
+            weight.data += noise * torch.randn(weight.shape, generator=draw)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_change_of_low_rank_is_found_again(shelf: Shelf, tmp_path: Path) -> None:
+    base = shelf.get("llama", make_llama)
+    other = tuned(tmp_path / "tuned", base, norms=True, noise=0)
+    recipe = recipe_of(str(other), base=str(base), rank=RANK, norms=True, embeddings=True)
+    report = sm.merge(recipe, out=tmp_path / "out", memory=MEMORY)
+    assert max(one.relative for one in report.missed.values()) < 1e-5
+    assert distance(beside(base, tmp_path / "out"), logits(load(other))) < 10 * TIGHT
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {"lm_head", "model.norm", "model.embed_tokens"} < set(config["modules_to_save"])
+
+
+def test_the_error_is_nearly_the_least_of_that_rank_and_is_reported(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    base = shelf.get("llama", make_llama)
+    other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
+    command = ["extract-lora", other, "--base", base, "--rank", 5, "--out", tmp_path / "out"]
+    done = run(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "left out of the adapter" in done.stderr
+    record = read_record(tmp_path / "out")
+    before, after = load(base).state_dict(), load(other).state_dict()
+    assert len(record.approximations) == 14
+    for name, one in record.approximations.items():
+        delta = (after[name] - before[name]).double().numpy()
+        best = np.linalg.norm(delta - oracle.nearest(delta, 5))
+        assert best * 0.999 <= one.missed <= 1.1 * best
+        assert one.update == pytest.approx(np.linalg.norm(delta), rel=1e-4)
+    assert json.loads(done.stdout)["missed"].keys() == record.approximations.keys()
+
+
+def test_a_vote_in_full_space_as_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
+    """Of full rank where the rank allows it, so PEFT gives the logits of the merged model."""
+    base, adapters = llama(shelf)
+    keys: dict[str, Any] = {"parameters": {"density": 0.4}}
+    merge(tmp_path, "ties", base, adapters, "model", **keys)
+    output = {"kind": "adapter", "rank": 64}
+    report = merge(tmp_path, "ties", base, adapters, "adapter", output=output, **keys)
+    assert max(one.relative for one in report.missed.values()) < 1e-5
+    assert distance(beside(base, tmp_path / "adapter"), logits(load(tmp_path / "model"))) < TIGHT
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ({"kind": "adapter"}, "needs a rank"),
+        ({"kind": "adapter", "rank": 4}, "tensors that no low-rank matrix can stand for"),
+    ],
+)
+def test_a_full_model_without_a_rank_or_a_choice(
+    shelf: Shelf, tmp_path: Path, output: dict[str, Any], words: str
+) -> None:
+    base = shelf.get("llama", make_llama)
+    other = shelf.get("same", make_llama)
+    recipe = {
+        "base_model": str(base),
+        "merge_method": "task_arithmetic",
+        "models": [{"model": str(other)}],
+        "output": output,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(sm.StreammergeError) as caught:
+        sm.plan(tmp_path / "r.yaml", memory=MEMORY)
+    assert words in str(caught.value)
+    assert isinstance(caught.value, ConfigError) or len(str(caught.value).splitlines()) > 3
