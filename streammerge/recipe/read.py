@@ -136,6 +136,7 @@ class _Reading:
                     remedy=f"did you mean `{near}`?" if near else "choose one of these",
                 )
             )
+            return self._methods[near] if near else None  # by its rules, to show the rest as well
         return found
 
     def _without_base(

@@ -350,13 +350,18 @@ def test_all_problems_at_once_from_top_to_bottom() -> None:
     assert recipe is not None and [entry.name for entry in recipe.entries] == ["a", "x"]
 
 
+def test_a_method_that_is_misspelt_hides_no_other_problem() -> None:
+    text = "base_model: b\nmerge_method: tise\nadapters: [{path: a, wieght: 1, density: 2}]"
+    found, recipe = refused(text)
+    told = ["merge_method", "wieght", "density"]
+    assert [word in str(problem) for word, problem in zip(told, found, strict=True)] == [True] * 3
+    assert recipe is not None, "whose folders can be looked at"
+
+
 def test_the_same_words_for_options() -> None:
     problems = Problems()
     build_recipe(
         base="b", adapters=["a=nan"], models=[], method="tis", methods=METHODS, problems=problems
-    )
-    build_recipe(
-        base="b", adapters=["a=nan"], models=[], method="ties", methods=METHODS, problems=problems
     )
     method, weight = map(str, problems)
     assert method.startswith("<command line>:2:15: merge_method")
