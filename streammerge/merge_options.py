@@ -69,7 +69,11 @@ def recipe_options(command: _F) -> _F:
         click.option(
             "--shard-size", metavar="SIZE", help="Largest output file; default: as the base."
         ),
-        click.option("--seed", type=int, help="For methods that draw random numbers."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**63 - 1),
+            help="For methods that draw random numbers. Default: the recipe's, else 0.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]
     for option in reversed(options):
