@@ -363,6 +363,7 @@ class MethodSpec:
     models: tuple[int, int | None] = (1, None)  # fewest and most, None: any number
     # Buffers of a tile's rows that the function allocates; None: one for each model, and one.
     temporaries: int | None = None
+    nanoseconds: float = 0.0  # of an element of a model, beyond what methods cost in the mean
     reference: str = ""
     digest: str = ""  # sha256 of its file, where it is the user's own
     wants_base: bool = False  # whether it is handed the base's rows, as `base`

@@ -32,7 +32,7 @@ def lower_quartile(numel: int) -> int:
     return numel - int(0.25 * (numel - 1))
 
 
-@method(models=(1, 1), reference="Arcee Fusion, arcee.ai", temporaries=1)
+@method(models=(1, 1), reference="Arcee Fusion, arcee.ai", temporaries=1, nanoseconds=54)
 def arcee_fusion(
     deltas: Deltas,  # [1, rows, cols]
     *,

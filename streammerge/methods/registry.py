@@ -45,6 +45,7 @@ def method(
     models: tuple[int, int | None] = (1, None),
     reference: str = "",
     temporaries: int | None = None,
+    nanoseconds: float = 0.0,
     check: Callable[..., str | None] | None = None,
     alone: Callable[[Knobs], float | None] | None = None,
 ) -> Callable[[Callable[..., Any]], MethodSpec]:
@@ -52,11 +53,12 @@ def method(
 
     `models` bounds how many models take part; `reference` is the paper; `temporaries` is how many
     buffers of a tile's rows the function allocates itself, which the plan counts (by default one
-    for each model, and one). `check` says what is wrong with a model's knobs, which its
-    parameters name, taken together. `alone` says by which factor the delta of a model that touches
-    a tensor alone is added as it is, None where it is not: the tensor is then read once, and one
-    that replaces the base's is copied. Raises TypeError when the signature leaves an argument
-    undeclared.
+    for each model, and one); `nanoseconds` is what it costs for each element of a model beyond
+    the usual, measured on one core, for the predicted time. `check` says what is wrong with a
+    model's knobs, which its parameters name, taken together. `alone` says by which factor the
+    delta of a model that touches a tensor alone is added as it is, None where it is not: the
+    tensor is then read once, and one that replaces the base's is copied. Raises TypeError when
+    the signature leaves an argument undeclared.
     """
 
     def register(function: Callable[..., Any]) -> MethodSpec:
@@ -65,6 +67,7 @@ def method(
             models=models,
             reference=reference,
             temporaries=temporaries,
+            nanoseconds=nanoseconds,
             check=check,
             alone=alone,
         )

@@ -152,12 +152,15 @@ def _samples(merged: Merged) -> dict[Tile, list[str]]:
     return found
 
 
-def predict_seconds(demand: Demand, models: int, rank: int, threads: int) -> float:
+def predict_seconds(
+    demand: Demand, models: int, rank: int, threads: int, nanoseconds: float = 0.0
+) -> float:
     """A rough prediction, from rates fitted to the runs in docs/performance.md.
 
-    `rank` is the sum of the ranks of all adapters.
+    `rank` is the sum of the ranks of all adapters, `nanoseconds` what the method says of itself.
     """
     per_element = 3.5 + 0.035 * rank + (1.6 * models if demand.most_reads > 1 else 0.0)
+    per_element += nanoseconds * models
     compute = demand.tile_reads * per_element * 1e-9 / threads
     disk = demand.write_bytes / 1.5e9 + demand.read_bytes / 5e9
     return max(1.3, 1.3 + compute + disk - demand.spill.seconds_spared / threads)

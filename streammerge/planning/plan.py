@@ -182,7 +182,13 @@ def make_plan(
     limits = Limits(budget_bytes, threads, sum(layout.size_bytes for layout in layouts))
     fit = fitted(jobs, spill, limits)
     notes += [fit.note] if fit.note else []
-    seconds = predict_seconds(fit.demand, len(inputs.models), _ranks(inputs), fit.flight.threads)
+    seconds = predict_seconds(
+        fit.demand,
+        len(inputs.models),
+        _ranks(inputs),
+        fit.flight.threads,
+        recipe.method.nanoseconds,
+    )
     return Plan(
         recipe=recipe,
         inputs=inputs,

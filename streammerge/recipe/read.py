@@ -151,7 +151,7 @@ class _Reading:
             if draft.adapter or identity(draft.model, self._folder) != same:
                 rest.append(draft)
             else:
-                why = f"{method.name} adds differences from it"
+                why = f"{method.name} takes it as the base"
                 text = f"the base listed as a model has no effect: {why}"
                 self._warnings.append((draft.place, text))
         return rest
