@@ -12,28 +12,25 @@ import numpy as np
 
 from streammerge.arrays import Rows
 from streammerge.errors import BadInput
-from streammerge.kernels.casts import widen
+from streammerge.kernels.casts import narrow, widen
 from streammerge.storage.smallfile import open_regular, pread
-from streammerge.words import Extent, Factors, Matrix, Replacement, Update
+from streammerge.words import DType, Extent, Factors, Matrix, Replacement, Update
 
 BLOCK_ELEMENTS: Final = 1 << 18
 
 
-def same_values(one: Extent, other: Extent) -> bool:
-    """Whether two float tensors of one shape are equal bit by bit, as float32 if need be.
+def same_values(copy: Extent, original: Extent) -> bool:
+    """Whether a float tensor is another one of its shape, bit by bit, in the copy's dtype.
 
-    Of different dtypes, both are widened first: a copy that was saved in float32 holds the values
-    of its bfloat16 original. Stops at the first block that differs. Raises BadInput for a file
-    that ends early, StorageError for one that cannot be read.
+    A model that was loaded in another dtype for training leaves the original's values, rounded to
+    that. Stops at the first block that differs. Raises BadInput for a file that ends early,
+    StorageError for one that cannot be read.
     """
-    with open_regular(one.path) as (first, _), open_regular(other.path) as (second, _):
-        for start in range(0, one.spec.numel, BLOCK_ELEMENTS):
-            size = min(BLOCK_ELEMENTS, one.spec.numel - start)
-            blocks = _read(first, one, start, size), _read(second, other, start, size)
-            if one.spec.dtype == other.spec.dtype:
-                if blocks[0] != blocks[1]:
-                    return False
-            elif _widened(blocks[0], one) != _widened(blocks[1], other):
+    with open_regular(copy.path) as (first, _), open_regular(original.path) as (second, _):
+        for start in range(0, copy.spec.numel, BLOCK_ELEMENTS):
+            size = min(BLOCK_ELEMENTS, copy.spec.numel - start)
+            held, own = _read(first, copy, start, size), _read(second, original, start, size)
+            if held != _cast(own, original.spec.dtype, copy.spec.dtype):
                 return False
     return True
 
@@ -101,8 +98,11 @@ def _read(descriptor: int, extent: Extent, start: int, size: int) -> bytes:
     return data
 
 
-def _widened(data: bytes, extent: Extent) -> bytes:
-    stored = np.frombuffer(data, np.uint8)
-    out: Rows = np.empty((1, len(data) // extent.spec.dtype.itemsize), np.float32)
-    widen(stored, extent.spec.dtype, out)
+def _cast(data: bytes, dtype: DType, wanted: DType) -> bytes:
+    if dtype is wanted:
+        return data
+    rows: Rows = np.empty((1, len(data) // dtype.itemsize), np.float32)
+    widen(np.frombuffer(data, np.uint8), dtype, rows)
+    out = np.empty(rows.size * wanted.itemsize, np.uint8)
+    narrow(rows, wanted, out)
     return out.tobytes()

@@ -69,8 +69,8 @@ def resolve_adapter(
     sound = [one for one in targets if fits(*one, folder.config, findings)]
     updates = _updates(folder, sound, Orientation(sound, base_config, folder.config))
     updates |= _biases(folder, sound, base, findings)
-    _raise_any(findings, folder, bool(names))
     updates = replacements.before(updates)
+    _raise_any(findings, folder, bool(updates))
     notes = [*folder.notes, *_notes(folder, updates, base, move, contents.training_state)]
     notes += [*_empty(pairs), *_copies(replacements.copies)]
     warnings = _lost_biases(folder.config, saved, tensors, base)
@@ -78,10 +78,10 @@ def resolve_adapter(
     return ResolvedAdapter(folder, in_order, tuple(notes), tuple(warnings))
 
 
-def _raise_any(findings: Findings, folder: AdapterFolder, any_pairs: bool) -> None:
+def _raise_any(findings: Findings, folder: AdapterFolder, any_updates: bool) -> None:
     problems = Problems()
     findings.report(problems)
-    if not any_pairs and not problems:
+    if not any_updates and not problems:
         problems.add(
             BadInput(
                 "the adapter holds no tensors that change a model",

@@ -111,3 +111,54 @@ def test_a_model_without_a_head_gets_none(tmp_path: Path) -> None:
         )
     merge(tmp_path)
     assert set(read_tensors(tmp_path / "merged")) == {EMBEDDING, Q}
+
+
+# -------------------------------------------------------------------------------------- adapters
+
+
+def adapter(folder: Path, tensors: dict[str, Array], **config: object) -> Path:
+    folder.mkdir()
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    saved = {f"base_model.model.model.embed_tokens.{key}": one for key, one in tensors.items()}
+    save_file(saved, folder / "adapter_model.safetensors")
+    return folder
+
+
+def tokens(folder: Path, seed: int, rows: list[int]) -> Path:
+    delta = {"token_adapter.trainable_tokens_delta": numbers(seed, len(rows), 4)}
+    return adapter(folder, delta, trainable_token_indices=rows)
+
+
+def merge_adapters(folder: Path, *adapters: Path) -> dict[str, NDArray[np.float64]]:
+    entries = [{"path": str(path), "weight": 0.5} for path in adapters]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folder / "base")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "adapters": entries}))
+    sm.merge(folder / "recipe.yaml", out=folder / "merged", memory="8GiB")
+    return {name: stored.values() for name, stored in read_tensors(folder / "merged").items()}
+
+
+def test_trained_tokens_are_the_heads_too(tmp_path: Path) -> None:
+    """Both adapters leave the two equal, so they stay one."""
+    base = model(tmp_path / "base", 1, tied=True, head="missing")[EMBEDDING].astype(np.float64)
+    merged = merge_adapters(
+        tmp_path, tokens(tmp_path / "a", 10, [2, 7]), tokens(tmp_path / "b", 11, [7])
+    )
+    expected = base.copy()
+    expected[[2, 7]] += 0.5 * (numbers(10, 2, 4) - base[[2, 7]])
+    expected[[7]] += 0.5 * (numbers(11, 1, 4) - base[[7]])
+    assert set(merged) == {EMBEDDING, Q}
+    assert np.abs(merged[EMBEDDING] - expected).max() < 1e-6
+
+
+def test_what_one_adapter_unties_the_other_changes_on_both_sides(tmp_path: Path) -> None:
+    """A LoRA on the embedding, which is not the head's, and trained tokens, which are."""
+    base = model(tmp_path / "base", 1, tied=True, head="missing")[EMBEDDING].astype(np.float64)
+    a, b = numbers(12, 2, 9), numbers(13, 4, 2)
+    lora = adapter(tmp_path / "lora", {"lora_embedding_A": a, "lora_embedding_B": b})
+    merged = merge_adapters(tmp_path, lora, tokens(tmp_path / "tokens", 10, [2, 7]))
+    head = base.copy()
+    head[[2, 7]] += 0.5 * (numbers(10, 2, 4) - base[[2, 7]])
+    embedding = head + 0.5 * 2 * (b.astype(np.float64) @ a).T
+    assert np.abs(merged[HEAD] - head).max() < 1e-6
+    assert np.abs(merged[EMBEDDING] - embedding).max() < 1e-6

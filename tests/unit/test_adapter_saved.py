@@ -75,7 +75,7 @@ def test_an_adapter_name_in_all_keys_is_dropped(tmp_path: Path) -> None:
     assert "lm_head.weight" in resolve_adapter(folder, open_model(tmp_path).tensors, {}).updates
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_a_copy_of_the_base_replaces_nothing(tmp_path: Path, dtype: str) -> None:
     copy = BASE["lm_head.weight"].astype(dtype)
     resolved = resolve(tmp_path, {"lm_head.base_layer.weight": copy})
@@ -83,9 +83,20 @@ def test_a_copy_of_the_base_replaces_nothing(tmp_path: Path, dtype: str) -> None
     assert resolved.notes == ("1 of its tensors are copies of the base's and change nothing",)
 
 
-def test_one_other_bit_is_no_copy(tmp_path: Path) -> None:
-    changed = BASE["lm_head.weight"].copy()
-    changed[-1, -1] = np.nextafter(changed[-1, -1], np.float32(9))
+def test_nothing_but_copies_is_no_adapter(tmp_path: Path) -> None:
+    write_config(tmp_path / "it")
+    save_file(BASE, tmp_path / "model.safetensors")
+    copy = {f"{PREFIX}lm_head.weight": BASE["lm_head.weight"]}
+    save_file(copy, tmp_path / "it" / "adapter_model.safetensors")
+    folder = open_adapter(tmp_path / "it", "it")
+    with pytest.raises(BadInput, match="holds no tensors that change a model"):
+        resolve_adapter(folder, open_model(tmp_path).tensors, {})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_one_other_bit_is_no_copy(tmp_path: Path, dtype: type[np.floating[Any]]) -> None:
+    changed = BASE["lm_head.weight"].astype(dtype)
+    changed[-1, -1] = np.nextafter(changed[-1, -1], dtype(9))
     assert "lm_head.weight" in resolve(tmp_path, {"lm_head.base_layer.weight": changed}).updates
 
 
