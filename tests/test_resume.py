@@ -145,6 +145,35 @@ def test_statistics_that_are_finished_are_not_measured_again(
     assert digest(out) == undisturbed
 
 
+METHODS = {
+    "della": "density: 0.6, epsilon: 0.2",  # rescaled to the norm before: one statistic on another
+    "breadcrumbs_ties": "density: 0.6, gamma: 0.1",
+    "dare_ties": "density: 0.6",
+    "sce": "",
+    "karcher": "",
+    "model_stock": "",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_statistic_is_gone_on_with(
+    inputs: Path, tmp_path: Path, out: Path, method: str
+) -> None:
+    knobs = METHODS[method]
+    adapters = "".join(
+        f"  - {{path: ./lora-{i}{', ' if knobs else ''}{knobs}}}\n" for i in range(2)
+    )
+    text = f"base_model: ./base\nmerge_method: {method}\nadapters:\n{adapters}"
+    recipe = write_recipe(inputs, method, text)
+    expected = digest(sm.merge(recipe, out=tmp_path / "undisturbed").out)
+    stop_after(recipe, out, 30)
+    lines = read_lines(state(out) / "journal")
+    assert any("statistic" in line.record for line in lines), "none is written down"
+    stop_after(recipe, out, 20)
+    sm.merge(recipe, out=out, threads=2)
+    assert digest(out) == expected
+
+
 def test_it_may_be_stopped_again_and_again(inputs: Path, undisturbed: str, out: Path) -> None:
     for done in (20, 30, 15, 1, 40):
         stop_after(inputs / "ties.yaml", out, done)
