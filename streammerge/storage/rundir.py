@@ -51,8 +51,8 @@ def check_output(out: Path, *, force: bool, differences: Sequence[str] = ()) -> 
         return
     found = f"a folder without {RECORD}"
     if ours:
-        apart = f": {'; '.join(differences)}" if differences else ", not complete"
-        found = f"the result of another merge{apart}" if differences else f"a result{apart}"
+        damaged = f"a damaged result: `streammerge verify {out}` says what is wrong"
+        found = f"the result of another merge: {'; '.join(differences)}" if differences else damaged
     remedy = "--force replaces it, or choose another --out" if ours else "choose another --out"
     raise OutputRefused("the output exists", where=str(out), found=found, remedy=remedy)
 
