@@ -18,6 +18,7 @@ from streammerge.errors import BadInput, OutputRefused, StorageError
 from streammerge.scheduler import pieces_of
 from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.journal import Journal, read_lines
+from streammerge.storage.rundir import RunDirectory
 from streammerge.work import Worker
 from tests.running import digest, make_inputs, write_recipe
 
@@ -229,12 +230,19 @@ def test_a_shard_that_is_not_as_it_was_left_is_written_anew(
 def test_a_stop_at_the_end_leaves_only_publishing(
     inputs: Path, undisturbed: str, out: Path, count: Count
 ) -> None:
-    from streammerge.storage.rundir import RunDirectory
-
     stop_after(inputs / "ties.yaml", out, 0, (RunDirectory, "publish"))
     count.written.clear()
     assert sm.merge(inputs / "ties.yaml", out=out).resumed_bytes > 0
     assert not count.written
+    assert digest(out) == undisturbed
+
+
+def test_what_was_built_and_removed_by_others_is_built_anew(
+    inputs: Path, undisturbed: str, out: Path
+) -> None:
+    stop_after(inputs / "ties.yaml", out, 0, (RunDirectory, "publish"))
+    (state(out) / "output" / "tokenizer.json").unlink()
+    sm.merge(inputs / "ties.yaml", out=out)
     assert digest(out) == undisturbed
 
 

@@ -115,6 +115,11 @@ class RunDirectory:
         self.journal.unlink(missing_ok=True)
         self.output.mkdir()
 
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether all files of a built output are here, or have taken their names already."""
+        places = (self.output, self.out) if self._inside else (self.output,)
+        return all(any((place / name).exists() for place in places) for name in names)
+
     def drop(self, name: str) -> None:
         """Remove a file of the output that is being built, if it is there."""
         with self._told(f"cannot get rid of {name}"):
