@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from streammerge import __version__, events, grid
-from streammerge.errors import BadInput, OutputRefused
+from streammerge.errors import BadInput, OutputRefused, StreammergeError
 from streammerge.manner import Manner
 from streammerge.memory import Scratch
 from streammerge.planning import Plan
@@ -30,6 +30,7 @@ from streammerge.storage.bytesource import Files
 from streammerge.storage.card import license_of, model_card
 from streammerge.storage.donated import donated
 from streammerge.storage.folder import output_config
+from streammerge.storage.header import read_header
 from streammerge.storage.record import (
     RECIPE,
     ApproximationRecord,
@@ -105,15 +106,23 @@ def there_already(out: Path, identity: Identity, manner: Manner) -> bool:
 def finished(out: Path, identity: Identity) -> Differences | None:
     """How the finished output in the folder differs from this merge, None where there is none.
 
-    It is finished when every file that its record names is there, the shards at their size.
+    It is finished when every file that its record names is there, the shards with their size and
+    their header.
     """
     record = find_record(out)
     if record is None or not all((out / name).is_file() for name in record.files):
         return None
-    for name, shard in record.shards.items():
-        if not (out / name).is_file() or (out / name).stat().st_size != shard.bytes:
-            return None
+    if not all(_is_whole(out / name, shard) for name, shard in record.shards.items()):
+        return None
     return differences(recorded_identity(out, record), identity)
+
+
+def _is_whole(path: Path, recorded: ShardRecord) -> bool:
+    try:
+        header = read_header(path)
+    except StreammergeError:
+        return False
+    return (header.size_bytes, header.digest) == (recorded.bytes, recorded.header_sha256)
 
 
 def recorded_changes(out: Path) -> tuple[Change, ...]:

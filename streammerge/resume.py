@@ -98,6 +98,10 @@ def take_up(state: RunDirectory, identity: Identity, manner: Manner) -> Survey |
         state.start_over()
         return None
     problem = _unfit(state, found.opening, identity, manner)
+    if problem is None and found.built is not None and not state.holds(found.built):
+        manner.emit(events.Warned("files of an earlier run have been removed: starting over"))
+        state.start_over(found.built)
+        return None
     if problem is None:
         if found.lost_bytes:
             damage = f"the last {found.lost_bytes} bytes of the journal are torn or damaged"

@@ -364,14 +364,21 @@ def test_a_place_that_cannot_be_made_is_named(made: Path, tmp_path: Path, option
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_output_with_a_shard_missing_is_not_taken_for_complete(
-    made: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("lost", ["shard", "size", "header"])
+def test_a_damaged_output_is_not_taken_for_complete(made: Path, tmp_path: Path, lost: str) -> None:
     out = tmp_path / "out"
     sm.merge(made / "ties.yaml", out=out)
     before = digest(out)
-    (out / "model-00002-of-00002.safetensors").unlink()
-    assert run("merge", "ties.yaml", "--out", out, cwd=made).returncode == 73
+    shard = out / "model-00002-of-00002.safetensors"
+    if lost == "shard":
+        shard.unlink()
+    elif lost == "size":
+        os.truncate(shard, shard.stat().st_size - 1)
+    else:
+        shard.write_bytes(shard.read_bytes().replace(b'"BF16"', b'"F16" ', 1))
+    done = run("merge", "ties.yaml", "--out", out, cwd=made)
+    assert done.returncode == 73
+    assert f"a damaged result: `streammerge verify {out}` says what is wrong" in done.stderr
     assert run("merge", "ties.yaml", "--out", out, "--force", cwd=made).returncode == 0
     assert digest(out) == before
     assert len(tensors(out)) == 20

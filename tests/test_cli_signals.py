@@ -78,7 +78,7 @@ def test_a_second_signal_ends_it_at_once(
         time.sleep(0.3)
         assert merge.poll() is None
         merge.send_signal(signal.SIGTERM)
-        _, said = merge.communicate(timeout=2)
+        _, said = merge.communicate(timeout=5)
     assert merge.returncode == 75
     assert "stopped by SIGINT, without waiting" in said
     assert_goes_on(inputs, out, undisturbed, said)

@@ -18,6 +18,7 @@ from streammerge.errors import BadInput, OutputRefused, StorageError
 from streammerge.scheduler import pieces_of
 from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.journal import Journal, read_lines
+from streammerge.storage.rundir import RunDirectory
 from streammerge.work import Worker
 from tests.running import digest, make_inputs, write_recipe
 
@@ -145,6 +146,35 @@ def test_statistics_that_are_finished_are_not_measured_again(
     assert digest(out) == undisturbed
 
 
+METHODS = {
+    "della": "density: 0.6, epsilon: 0.2",  # rescaled to the norm before: one statistic on another
+    "breadcrumbs_ties": "density: 0.6, gamma: 0.1",
+    "dare_ties": "density: 0.6",
+    "sce": "",
+    "karcher": "",
+    "model_stock": "",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_statistic_is_gone_on_with(
+    inputs: Path, tmp_path: Path, out: Path, method: str
+) -> None:
+    knobs = METHODS[method]
+    adapters = "".join(
+        f"  - {{path: ./lora-{i}{', ' if knobs else ''}{knobs}}}\n" for i in range(2)
+    )
+    text = f"base_model: ./base\nmerge_method: {method}\nadapters:\n{adapters}"
+    recipe = write_recipe(inputs, method, text)
+    expected = digest(sm.merge(recipe, out=tmp_path / "undisturbed").out)
+    stop_after(recipe, out, 30)
+    lines = read_lines(state(out) / "journal")
+    assert any("statistic" in line.record for line in lines), "none is written down"
+    stop_after(recipe, out, 20)
+    sm.merge(recipe, out=out, threads=2)
+    assert digest(out) == expected
+
+
 def test_it_may_be_stopped_again_and_again(inputs: Path, undisturbed: str, out: Path) -> None:
     for done in (20, 30, 15, 1, 40):
         stop_after(inputs / "ties.yaml", out, done)
@@ -200,12 +230,19 @@ def test_a_shard_that_is_not_as_it_was_left_is_written_anew(
 def test_a_stop_at_the_end_leaves_only_publishing(
     inputs: Path, undisturbed: str, out: Path, count: Count
 ) -> None:
-    from streammerge.storage.rundir import RunDirectory
-
     stop_after(inputs / "ties.yaml", out, 0, (RunDirectory, "publish"))
     count.written.clear()
     assert sm.merge(inputs / "ties.yaml", out=out).resumed_bytes > 0
     assert not count.written
+    assert digest(out) == undisturbed
+
+
+def test_what_was_built_and_removed_by_others_is_built_anew(
+    inputs: Path, undisturbed: str, out: Path
+) -> None:
+    stop_after(inputs / "ties.yaml", out, 0, (RunDirectory, "publish"))
+    (state(out) / "output" / "tokenizer.json").unlink()
+    sm.merge(inputs / "ties.yaml", out=out)
     assert digest(out) == undisturbed
 
 

@@ -51,8 +51,8 @@ def check_output(out: Path, *, force: bool, differences: Sequence[str] = ()) -> 
         return
     found = f"a folder without {RECORD}"
     if ours:
-        apart = f": {'; '.join(differences)}" if differences else ", not complete"
-        found = f"the result of another merge{apart}" if differences else f"a result{apart}"
+        damaged = f"a damaged result: `streammerge verify {out}` says what is wrong"
+        found = f"the result of another merge: {'; '.join(differences)}" if differences else damaged
     remedy = "--force replaces it, or choose another --out" if ours else "choose another --out"
     raise OutputRefused("the output exists", where=str(out), found=found, remedy=remedy)
 
@@ -114,6 +114,11 @@ class RunDirectory:
             shutil.rmtree(self.output)
         self.journal.unlink(missing_ok=True)
         self.output.mkdir()
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether all files of a built output are here, or have taken their names already."""
+        places = (self.output, self.out) if self._inside else (self.output,)
+        return all(any((place / name).exists() for place in places) for name in names)
 
     def drop(self, name: str) -> None:
         """Remove a file of the output that is being built, if it is there."""

@@ -220,6 +220,7 @@ FAULTS: dict[int, Row] = {
         (
             f"{_CALLS}[kill]",
             f"{_CALLS}[kill after]",
+            f"{_CALLS}[kill inside]",
             f"{_KILL}::test_a_killed_merge_goes_on",
             "faults/test_strace.py::test_killed_at_every_durable_call",
         ),

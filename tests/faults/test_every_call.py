@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = {
     "kill": (1, 50),
     "kill after": (2, 17),
+    "kill inside": (2, 15),
     "EIO": (2, 25),
     "EIO of inputs": (2, 10),
     "ENOSPC": (2, 20),
