@@ -170,13 +170,13 @@ def _hopeless(wanted: Wanted, again: float, kept: float) -> bool:
 
 
 def _time_product(rank: int) -> float:
-    """Seconds per element of a tile's product of factors of this rank: the best of two."""
+    """Seconds per element of a tile's product of factors of this rank: the best of three."""
     left = np.ones((grid.TILE_ELEMENTS // 2048, rank), np.float32)
     right = np.ones((rank, 2048), np.float32)
     out = np.empty((len(left), 2048), np.float32)
     seconds = []
     with threadpool_limits(1, "blas"):
-        for _ in range(2):
+        for _ in range(3):
             started = time.perf_counter()
             multiply(left, right, out)
             seconds.append(time.perf_counter() - started)
