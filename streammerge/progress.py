@@ -51,10 +51,15 @@ def planned(plan: Plan) -> Note:
     return Note(
         f"{plan.recipe.method.name}: {demand.merged_tensors} tensors to merge, "
         f"{demand.copied_tensors} to copy; reading {format_size(demand.read_bytes)}, writing "
-        f"{format_size(demand.write_bytes)}; about {_duration(plan.seconds)}, "
+        f"{format_size(demand.write_bytes)}{_spilling(plan)}; about {_duration(plan.seconds)}, "
         f"{format_size(flight.projected_bytes)} of memory, "
         f"{flight.threads} thread{'s' if flight.threads > 1 else ''}"
     )
+
+
+def _spilling(plan: Plan) -> str:
+    nbytes = plan.demand.spill.nbytes
+    return f", spilling {format_size(nbytes)} to {plan.chooser.place}" if nbytes else ""
 
 
 def describe_plan(plan: Plan) -> str:

@@ -95,8 +95,8 @@ def test_the_plan_says_what_and_why(inputs: SmallInputs, tmp_path: Path) -> None
 def test_auto_spills_what_pays(
     inputs: SmallInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spill, "_ROUGH_MAKING", 1e-6)  # else so little is not worth a thought
-    monkeypatch.setattr(spill, "_time_product", lambda rank: rank * 1e-6)
+    monkeypatch.setattr(spill, "_ROUGH_MAKING", 1e-5)  # else so little is not worth a thought
+    monkeypatch.setattr(spill, "_time_product", lambda rank: rank * 1e-5)
     recipe = recipe_of(inputs, "ties")
     found = sm.plan(recipe, out=tmp_path / "out").as_dict()
     assert {(one["name"], one["spilled"], one["tensors"]) for one in found["spill"]} == {
@@ -114,8 +114,8 @@ def test_auto_spills_what_pays(
 def test_without_room_auto_does_without(
     inputs: SmallInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spill, "_ROUGH_MAKING", 1e-6)
-    monkeypatch.setattr(spill, "_time_product", lambda rank: rank * 1e-6)
+    monkeypatch.setattr(spill, "_ROUGH_MAKING", 1e-5)
+    monkeypatch.setattr(spill, "_time_product", lambda rank: rank * 1e-5)
     monkeypatch.setattr(system, "free_bytes", lambda folder: 100)
     recipe = recipe_of(inputs, "ties")
     made = sm.plan(recipe)

@@ -32,6 +32,8 @@ _ROUGH_MAKING = 0.036e-9
 _ROUGH_DISK = DiskSpeed(0.25e-9, 0.3e-9)  # the page cache
 # Where spilling would cost this many times what it spares, even so, nothing is timed.
 _HOPELESS = 3.0
+# To make an array by zarr and remove it; counted for each model of it, on the safe side.
+_ARRAY_SECONDS = 0.005
 # What is in flight stays in the page cache up to this share of free memory; kernels start to
 # write back, and then to hold writers up, at shares about as large.
 _CACHED_SHARE = 0.1
@@ -159,7 +161,7 @@ class Chooser:
 def _costs(elements: int, wanted: Wanted, making: float, disk: DiskSpeed) -> tuple[float, float]:
     """Seconds of making the rows again each time, and of keeping them."""
     make, nbytes = elements * making, 4 * elements
-    kept = make + nbytes * (disk.write + (wanted.reads - 1) * disk.read)
+    kept = make + _ARRAY_SECONDS + nbytes * (disk.write + (wanted.reads - 1) * disk.read)
     return wanted.reads * make, kept
 
 
@@ -170,13 +172,13 @@ def _hopeless(wanted: Wanted, again: float, kept: float) -> bool:
 
 
 def _time_product(rank: int) -> float:
-    """Seconds per element of a tile's product of factors of this rank: the best of two."""
+    """Seconds per element of a tile's product of factors of this rank: the best of three."""
     left = np.ones((grid.TILE_ELEMENTS // 2048, rank), np.float32)
     right = np.ones((rank, 2048), np.float32)
     out = np.empty((len(left), 2048), np.float32)
     seconds = []
     with threadpool_limits(1, "blas"):
-        for _ in range(2):
+        for _ in range(3):
             started = time.perf_counter()
             multiply(left, right, out)
             seconds.append(time.perf_counter() - started)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -29,23 +31,41 @@ def measure(folder: Path, *, through: bool) -> DiskSpeed:
     """Time 32 MiB in a file without a name. Raises OSError where the folder cannot be written to.
 
     `through` is for more than the page cache holds: written data is waited for, and read again from
-    the disk itself.
+    the disk itself. Else the median chunk counts, written into pages that are in memory already:
+    whatever else the machine does at the moment should not decide.
     """
     chunk = np.random.default_rng(0).integers(0, 256, _CHUNK_BYTES, np.uint8)
+    starts = range(0, _CHUNKS * _CHUNK_BYTES, _CHUNK_BYTES)
     with tempfile.TemporaryFile(dir=folder) as file:
-        descriptor, size = file.fileno(), _CHUNKS * _CHUNK_BYTES
-        for _ in range(1 if through else 2):  # the second time into pages that are in memory
-            started = time.perf_counter()
-            for start in range(0, size, _CHUNK_BYTES):
-                checksum(chunk)
-                system.write_all(descriptor, chunk.data, start)
-        if through:
-            system.sync_data(descriptor)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
-        written = time.perf_counter()
-        for start in range(0, size, _CHUNK_BYTES):
+        descriptor = file.fileno()
+
+        def write(start: int) -> None:
+            checksum(chunk)
+            system.write_all(descriptor, chunk.data, start)
+
+        def read(start: int) -> None:
             system.read_into(descriptor, chunk.data, start)
             checksum(chunk)
-        done = time.perf_counter()
-    return DiskSpeed((written - started) / size, (done - written) / size)
+
+        written = [_seconds(write, start) for start in starts]
+        if through:
+            synced = _seconds(_let_go, descriptor)
+            back = [_seconds(read, start) for start in starts]
+            size = _CHUNKS * _CHUNK_BYTES
+            return DiskSpeed((sum(written) + synced) / size, sum(back) / size)
+        written = [_seconds(write, start) for start in starts]
+        back = [_seconds(read, start) for start in starts]
+    return DiskSpeed(median(written) / _CHUNK_BYTES, median(back) / _CHUNK_BYTES)
+
+
+def _seconds(action: Callable[[int], None], argument: int) -> float:
+    started = time.perf_counter()
+    action(argument)
+    return time.perf_counter() - started
+
+
+def _let_go(descriptor: int) -> None:
+    """What was written goes to the disk, and out of the page cache."""
+    system.sync_data(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

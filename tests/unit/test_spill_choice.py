@@ -13,7 +13,7 @@ from streammerge.planning import spill
 from streammerge.planning.spill import Chooser, SpillOptions, Wanted
 from streammerge.storage.diskspeed import DiskSpeed, measure
 
-ELEMENTS = 1 << 20
+ELEMENTS = 4 << 20
 FAST = DiskSpeed(write=0.2e-9, read=0.2e-9)
 SLOW = DiskSpeed(write=10e-9, read=5e-9)
 
@@ -84,7 +84,7 @@ def test_more_than_the_page_cache_holds_goes_at_the_speed_of_the_disk(
 ) -> None:
     monkeypatch.setattr(system, "memory_available", lambda: 1 << 30)
     monkeypatch.setattr(system, "cgroup_memory_left", lambda: None)
-    assert choices(256, 2, 8) == {True}
+    assert choices(256, 2, 1) == {True}
     assert choices(256, 2, 8, elements=64 << 20) == {False}
     assert timed["disk"] == timed["page cache"] == 1
 
@@ -95,10 +95,15 @@ def test_always_and_never(timed: Counter[str]) -> None:
 
 
 def test_costs_are_sums_of_what_is_done(timed: Counter[str]) -> None:
-    (choice,) = Chooser(SpillOptions(), 2).choose(1000, [Wanted(5, 100, 3)])
-    assert choice.nbytes == 4000
-    assert choice.seconds_again == pytest.approx(3 * 1000 * 3e-9)
-    assert choice.seconds_kept == pytest.approx(1000 * 3e-9 + 4000 * 0.2e-9 + 2 * 4000 * 0.2e-9)
+    (choice,) = Chooser(SpillOptions(), 2).choose(10**8, [Wanted(5, 100, 3)])
+    assert choice.nbytes == 4 * 10**8
+    assert choice.seconds_again == pytest.approx(3 * 0.3)
+    array = 0.005
+    assert choice.seconds_kept == pytest.approx(0.3 + 0.08 + 2 * 0.08 + array)
+
+
+def test_a_small_tensor_is_not_worth_an_array(timed: Counter[str]) -> None:
+    assert choices(256, 2, 8, elements=1 << 16) == {False}
 
 
 def test_a_disk_that_cannot_be_timed_is_taken_for_an_ordinary_one(tmp_path: Path) -> None:
