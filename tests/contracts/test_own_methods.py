@@ -113,7 +113,7 @@ def test_what_gives_no_method_is_refused(
     problems = Problems()
     recipe = f"base_model: b\nmerge_method: {name}\nmodels: [{{model: a}}]\n"
     methods = WithOwn(CATALOGUE, (tmp_path,))
-    assert parse_recipe(recipe, "cfg.yaml", tmp_path, methods, problems) is None
+    parse_recipe(recipe, "cfg.yaml", tmp_path, methods, problems)
     (problem,) = problems
     assert isinstance(problem, ConfigError)
     assert says in str(problem) and "cfg.yaml:2:15" in str(problem)
