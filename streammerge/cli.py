@@ -56,7 +56,7 @@ def cli() -> None:
 
 @cli.command()
 @recipe_options
-@click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
+@click.option("--force", is_flag=True, help="Replace what is there of another merge.")
 @click.option(
     "--nan",
     type=click.Choice(["error", "keep"]),
@@ -123,7 +123,7 @@ def merge(
 @click.option("--memory", metavar="SIZE", help="The most memory to use.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs.")
 @click.option("--seed", type=int, help="Of the random vectors that look for directions.")
-@click.option("--force", is_flag=True, help="Replace an output that streammerge made.")
+@click.option("--force", is_flag=True, help="Replace what is there of another merge.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
     """Write what sets the model TUNED apart from its base as a LoRA adapter.

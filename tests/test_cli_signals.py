@@ -16,7 +16,7 @@ from tests.running import COMMAND, digest, make_inputs, run, write_recipe
 from tests.stopping import stopped
 
 WRITING = "streammerge.storage.shard ShardFile.write 9"
-PLANNING = "streammerge.planning.plan add_up 1"
+PLANNING = "streammerge.system usable_cpus 1"
 COMMITTING = "streammerge.sinks.shards ShardsSink.commit 1"
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
 

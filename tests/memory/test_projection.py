@@ -5,6 +5,7 @@ scripts/memory measures the same on models of gigabytes.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -39,9 +40,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     memory.warm_up(folder)
     for method in memory.METHODS:
         (folder / f"{method}.yaml").write_text(memory.recipe_text("llama", method))
-    core = memory.recipe_text("llama", "ties") + "space: core\n"
-    (folder / "core.yaml").write_text(core)
-    (folder / "adapter.yaml").write_text(core + "output: {kind: adapter, rank: 24}\n")
+    core = json.loads(memory.recipe_text("llama", "ties")) | {"space": "core"}
+    (folder / "core.yaml").write_text(json.dumps(core))
+    adapter = core | {"output": {"kind": "adapter", "rank": 24}}
+    (folder / "adapter.yaml").write_text(json.dumps(adapter))
     (folder / "tuned.yaml").write_text(memory.recipe_text("embedding", "ties"))
     yield folder
     shutil.rmtree(folder)
