@@ -66,6 +66,7 @@ def describe_plan(plan: Plan) -> str:
     """The plan for a person."""
     demand, flight = plan.demand, plan.flight
     lines = [f"method    {plan.recipe.method.name}"]
+    lines += [f"output    {line}" for line in _adapter(plan)]
     lines += [f"model     {line}" for line in _models(plan)]
     lines += [f"tensors   {line}" for line in _passes(plan)]
     lines += [
@@ -107,6 +108,18 @@ def describe_report(report: Report) -> str:
 
 def _spilled(report: Report) -> str:
     return f", spilled {format_size(report.spilled_bytes)}" if report.spilled_bytes else ""
+
+
+def _adapter(plan: Plan) -> Iterator[str]:
+    if plan.adapter is None:
+        return
+    factored, whole = plan.adapter.factored, plan.adapter.whole
+    ranks = sorted({one.rank for one in factored})
+    sketched = sum(one.sketched for one in factored)
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    yield f"adapter: {len(factored)} matrices of {span}, {len(whole)} tensors whole"
+    if sketched:
+        yield f"{sketched} of the matrices approximate updates of full rank"
 
 
 def _models(plan: Plan) -> Iterator[str]:

@@ -85,6 +85,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; sizes in bytes."""
         return {
+            "kind": self.recipe.kind,
             "method": self.recipe.method.name,
             "models": [
                 {"name": e.name, "applied_tensors": self.applied().get(e.name), **e.knobs}

@@ -8,7 +8,7 @@ tile by tile: `D'D Q` is the sum of `D_t' (D_t Q)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,21 +54,28 @@ def part_bytes(spec: TensorSpec, rank: int) -> int:
 
 
 def first_round(spec: TensorSpec, rank: int, seed: int) -> Turned:
-    """Begin with Gaussian vectors, drawn for the tensor by name."""
-    random = np.random.Generator(np.random.Philox(key_of(seed, spec.name, -1)))
-    vectors = random.standard_normal((spec.cols, width(spec, rank)), np.float32)
-    return Turned(spec, rank, ROUNDS, vectors)
+    """Begin with Gaussian vectors, drawn for the tensor by name when they are wanted."""
+
+    def draw() -> Rows:
+        random = np.random.Generator(np.random.Philox(key_of(seed, spec.name, -1)))
+        return random.standard_normal((spec.cols, width(spec, rank)), np.float32)
+
+    return Turned(spec, rank, ROUNDS, draw)
 
 
 class Turned:
     """One round; see `Fold`. What it measures is the only model of the stack."""
 
-    def __init__(self, spec: TensorSpec, rank: int, rounds: int, vectors: Rows) -> None:
+    def __init__(
+        self, spec: TensorSpec, rank: int, rounds: int, vectors: Callable[[], Rows]
+    ) -> None:
+        """`rounds` counts this one; `vectors` are `[cols, width]`, the same whenever asked."""
         self._spec = spec
         self._rank = rank
-        self._rounds = rounds  # this one included
-        self._vectors = vectors  # [cols, width]
-        self._sum: Core = np.zeros(vectors.shape)
+        self._rounds = rounds
+        self._make = vectors
+        self._vectors: Rows | None = None
+        self._sum: Core = np.zeros((spec.cols, width(spec, rank)))
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
         return grid
@@ -76,6 +83,8 @@ class Turned:
     def measure(self, stack: DeltaStack, scratch: Scratch) -> Rows:
         """`D_t' (D_t Q)`, `[cols, width]`."""
         rows = stack.one(0)
+        if self._vectors is None:
+            self._vectors = self._make()
         seen: Rows = scratch.array("seen", (len(rows), self._vectors.shape[1]), np.float32)
         np.matmul(rows, self._vectors, out=seen)
         return np.asarray(rows.T @ seen)
@@ -92,6 +101,6 @@ class Turned:
             )
         if self._rounds > 1:
             turned = np.linalg.qr(self._sum)[0].astype(np.float32)
-            return Turned(self._spec, self._rank, self._rounds - 1, turned)
+            return Turned(self._spec, self._rank, self._rounds - 1, lambda: turned)
         u = np.linalg.svd(self._sum, full_matrices=False)[0]
         return Directions(np.ascontiguousarray(u[:, : self._rank].T, np.float32))
