@@ -131,13 +131,7 @@ class Replacements:
 
     def before(self, updates: Mapping[str, Update]) -> dict[str, Update]:
         """All updates of an adapter: a tensor is replaced first, then factors are added to it."""
-        return {
-            **updates,
-            **{
-                name: replace(one, then=updates[name]) if name in updates else one
-                for name, one in self.found.items()
-            },
-        }
+        return {**updates, **{n: _then(one, updates.get(n)) for n, one in self.found.items()}}
 
     def _whole(self, name: str, saved: Saved, target: Extent) -> Replacement | None:
         if not saved.whole:
@@ -180,6 +174,13 @@ class Replacements:
             self._findings.add(_OTHER_KIND, f"{name}: {ours.dtype.label}")
             return None
         return Replacement(extent, indices)
+
+
+def _then(first: Replacement, last: Update | None) -> Replacement:
+    """`last` after all that `first` does."""
+    if isinstance(first.then, Replacement):
+        return replace(first, then=_then(first.then, last))
+    return replace(first, then=last)
 
 
 def _grows(new: TensorSpec, old: TensorSpec) -> bool:
