@@ -207,7 +207,10 @@ def test_a_damaged_chunk_ends_the_merge_and_the_next_one_succeeds(
     assert files(tmp_path / "never") == files(out)
 
 
-def test_what_a_dead_run_left_goes_with_the_next(inputs: SmallInputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_what_a_dead_run_left_goes_with_the_next(
+    inputs: SmallInputs, tmp_path: Path, mode: spill.Mode
+) -> None:
     recipe, out, cache = recipe_of(inputs, "ties"), tmp_path / "out", tmp_path / "cache"
     merge = (
         "import os, sys; import streammerge as sm; from streammerge import grid;"
@@ -218,7 +221,7 @@ def test_what_a_dead_run_left_goes_with_the_next(inputs: SmallInputs, tmp_path: 
     assert subprocess.run([sys.executable, "-c", merge]).returncode == 9
     (dead,) = runs(cache)
     assert dead.state() == "left" and dead.nbytes() > 0
-    sm.merge(recipe, out=out, cache=cache, spill="always")
+    sm.merge(recipe, out=out, cache=cache, spill=mode)
     assert not list(cache.iterdir())
     sm.merge(recipe, out=tmp_path / "never", spill="never")
     assert files(tmp_path / "never") == files(out)

@@ -67,6 +67,7 @@ class Plan:
         self, beside: Path, output: Path, fingerprint: str
     ) -> AbstractContextManager[None]:
         """What is spilled while the merge runs, in the cache or in `beside`; see `SpillStore`."""
+        self.store.remove_left(beside, output)
         if not self.demand.spill.nbytes:
             return nullcontext()
         return self.store.opened(beside, output, fingerprint)

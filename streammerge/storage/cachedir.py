@@ -16,6 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -120,26 +121,33 @@ class CachedRun:
 
 
 def create(cache: Path, output: Path, fingerprint: str) -> CachedRun:
-    """A new folder in a cache, which is made if need be.
-
-    What dead runs of the same output left there is removed. Raises OutputRefused where the cache
-    cannot be used.
-    """
-    try:
-        for run in runs(cache):
-            if run.output == str(output) and run.state() == "left":
-                run.remove()
+    """A new folder in a cache, which is made if need be; OutputRefused where it cannot be used."""
+    with _usable(cache):
         path = cache / f"streammerge-{secrets.token_hex(6)}"
         path.mkdir(parents=True)
         made = CachedRun(path, str(output), fingerprint, Owner.this())
         made.write()
+    return made
+
+
+def remove_left(cache: Path, output: Path) -> None:
+    """What dead runs of an output left in a cache; OutputRefused where that cannot be used."""
+    with _usable(cache):
+        for run in runs(cache):
+            if run.output == str(output) and run.state() == "left":
+                run.remove()
+
+
+@contextmanager
+def _usable(cache: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputRefused(
             f"the cache cannot be used: {error.strerror}",
             where=str(error.filename or cache),
             remedy="name a --cache that you can write to, or merge with --spill never",
         ) from error
-    return made
 
 
 def runs(cache: Path) -> Iterator[CachedRun]:

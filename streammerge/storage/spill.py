@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 from streammerge import grid, system
 from streammerge.arrays import Rows
 from streammerge.errors import StorageError
-from streammerge.storage.cachedir import CachedRun, create
+from streammerge.storage.cachedir import CachedRun, create, remove_left
 from streammerge.storage.checksum import checksum
 from streammerge.words import TensorSpec
 
@@ -58,6 +58,10 @@ class SpillStore:
         self._numbers = count()
         self.written_bytes = 0  # so far
         self.lost_chunks = 0  # that somebody removed while they were needed
+
+    def remove_left(self, beside: Path, output: Path) -> None:
+        """What runs of this output left that died, also where nothing is spilled this time."""
+        remove_left(self._cache or beside, output)
 
     @contextmanager
     def opened(self, beside: Path, output: Path, fingerprint: str) -> Iterator[None]:
@@ -89,8 +93,9 @@ class SpillStore:
         """A descriptor of a file of that name, to be written from the start."""
         with self._lock:
             used = self._used.pop() if self._used else None
-        if used is not None and used.exists():
-            os.rename(used, path)
+        if used is not None:
+            with suppress(FileNotFoundError):  # somebody emptied the cache
+                os.rename(used, path)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def remove_array(self, path: Path, chunks: Iterable[Path]) -> None:
@@ -100,8 +105,8 @@ class SpillStore:
         with _told(path, "spilled rows cannot be removed"):
             self._run.used.mkdir(exist_ok=True)  # unless somebody emptied the cache
             for chunk in chunks:
-                if chunk.exists():
-                    used = self._run.used / str(next(self._numbers))
+                used = self._run.used / str(next(self._numbers))
+                with suppress(FileNotFoundError):
                     os.rename(chunk, used)
                     self._used.append(used)
             shutil.rmtree(path)
