@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"trained in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         rows = []
         made = (merged_row(folder, *one) for one in methods())
-        for row in (*alone(folder), *made):
+        for row in chain(alone(folder), made):
             rows.append(row)
             print("  ".join(row.cells()), file=sys.stderr, flush=True)
     print(markdown(rows))
