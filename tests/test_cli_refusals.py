@@ -220,8 +220,9 @@ def test_the_file_that_holds_a_nan_is_named(
     inputs: Path, tmp_path: Path, where: str, method: str
 ) -> None:
     spoil(inputs / where, UP, NAN[2:])
+    knobs = "{weight: 0.5, density: 0.5}"  # without pruning, ties would copy `tuned` unread
     models = "".join(
-        f"  - {{model: ./{name}, parameters: {{weight: 0.5}}}}\n" for name in ("base", "tuned")
+        f"  - {{model: ./{name}, parameters: {knobs}}}\n" for name in ("base", "tuned")
     )
     base = "base_model: ./base\n" if method == "ties" else ""
     text = f"merge_method: {method}\n{base}models:\n{models}"
