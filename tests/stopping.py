@@ -12,11 +12,9 @@ from pathlib import Path
 
 # Runs the command, but waits in the n-th call of a function until the file GO is there.
 STOPPING = """\
-import importlib, itertools, os, signal, time
+import importlib, itertools, os, time
 from pathlib import Path
 
-for name in (signal.SIGINT, signal.SIGHUP):  # a suite run by nohup or in the background ignores them
-    signal.signal(name, signal.SIG_DFL)
 module, path, when = os.environ["STOP"].split()
 *parts, name = path.split(".")
 owner = importlib.import_module(module)
