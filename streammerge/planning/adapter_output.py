@@ -19,7 +19,7 @@ from streammerge.planning.outline import Outline
 from streammerge.recipe import Recipe
 from streammerge.sources.direct import Direct
 from streammerge.sources.factor_rows import Left, Right
-from streammerge.sources.sketched import Sketch, SketchedLeft, SketchedRight
+from streammerge.sources.sketched import LeftSide, RightSide, Sketch, Sketched
 from streammerge.storage.shard import ShardLayout, lay_out
 from streammerge.words import DType, Factors, Merged, TensorSpec
 
@@ -80,7 +80,8 @@ class AdapterOutput:
         left: Merged
         if one.sketched:
             sketch = Sketch(composer.update(one.tensor), one.rank, a.spec.dtype, self.seed)
-            right, left = SketchedRight(a.spec, sketch), SketchedLeft(b.spec, sketch)
+            right = Sketched(a.spec, sketch, RightSide(sketch))
+            left = Sketched(b.spec, sketch, LeftSide(sketch))
         else:
             of_rank = composer.pairs.of_rank
             pair = of_rank(one.tensor, parts, one.rank, a.spec.dtype, turned=one.turned)

@@ -8,7 +8,7 @@ their own with the same waves; the second to come is spared them where the first
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -129,38 +129,31 @@ class Sketch:
             yield first, rows[first - own.start : last - own.start], norms
 
 
-class SketchedLeft:
-    """`D V'`, and what `D V' V` misses of D; see `Merged`."""
+class Side(Protocol):
+    """Which of the two factors."""
 
-    def __init__(self, spec: TensorSpec, sketch: Sketch) -> None:
-        self.spec = spec
+    def rows(
+        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
+    ) -> tuple[Rows, PerModel]:
+        """See `Merged.merge`; norms as of a `Pair` that approximates."""
+        ...
+
+    def read_bytes(self, tile: Tile) -> int: ...
+
+    def scratch_bytes(self, tile: Tile, inner: Tile) -> int:
+        """Besides V: for a tile of the factor, made from tiles of the update like `inner`."""
+        ...
+
+
+class LeftSide:
+    """`D V'`, and what `D V' V` misses of D."""
+
+    def __init__(self, sketch: Sketch) -> None:
         self._sketch = sketch
 
-    @property
-    def resident_bytes(self) -> int:
-        return self._sketch.update.resident_bytes
-
-    @property
-    def once_bytes(self) -> int:
-        return self._sketch.update.once_bytes
-
-    def start(
-        self, state_bytes: int, values: Mapping[str, StatisticValue]
-    ) -> dict[str, Fold | StatisticValue]:
-        return self._sketch.start(state_bytes, values)
-
-    def state_bytes(self) -> tuple[int, int]:
-        return self._sketch.state_bytes()
-
-    def measure(
-        self, folds: Mapping[str, Fold], tile: Tile, index: int, scratch: Scratch
-    ) -> dict[str, Any]:
-        return self._sketch.measure(folds, tile, index, scratch)
-
-    def merge(
-        self, tile: Tile, index: int, values: Mapping[str, StatisticValue], scratch: Scratch
+    def rows(
+        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
     ) -> tuple[Rows, PerModel]:
-        """As `Merged.merge`; norms as of a `Pair` that approximates."""
         along = self._sketch.directions(values, scratch)
         out: Rows = scratch.array("along", (tile.stop - tile.start, len(along)), np.float32)
         total: PerModel | None = None
@@ -177,38 +170,43 @@ class SketchedLeft:
         assert total is not None  # a tile has a row
         return out, total
 
-    def waves(self) -> Sequence[Sequence[str]]:
-        return self._sketch.waves()
-
-    def merge_bytes(self, tile: Tile) -> int:
+    def read_bytes(self, tile: Tile) -> int:
         tiles = self._sketch.tiles()
         own = [one for one in tiles if one.stop > tile.start and one.start < tile.stop]
         return self._sketch.update.merge_bytes(Tile(own[0].start, own[-1].stop))
 
-    def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
-        return self._sketch.measure_bytes(tile, names)
-
-    def part_bytes(self) -> int:
-        return self._sketch.part_bytes()
-
-    def scratch_bytes(self, tile: Tile) -> int:
-        """V, the factor's rows, and a tile of the update with what is near it."""
-        inner = tile if tile.col_step > 1 else grid.largest_tile(self._sketch.spec)
+    def scratch_bytes(self, tile: Tile, inner: Tile) -> int:
+        """The factor's rows, and what is near a tile of the update."""
         rows, cols = inner.shape(self._sketch.spec)
-        rank = self._sketch.rank
-        own = 8 * rank * self._sketch.spec.cols + 4 * (tile.stop - tile.start) * rank
-        return self._sketch.scratch_bytes(inner) + own + 8 * rows * cols
-
-    def release(self) -> None:
-        self._sketch.update.release()
+        return 4 * (tile.stop - tile.start) * self._sketch.rank + 8 * rows * cols
 
 
-class SketchedRight:
-    """V; see `Merged`."""
+class RightSide:
+    """V."""
 
-    def __init__(self, spec: TensorSpec, sketch: Sketch) -> None:
+    def __init__(self, sketch: Sketch) -> None:
+        self._sketch = sketch
+
+    def rows(
+        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
+    ) -> tuple[Rows, PerModel]:
+        rows = self._sketch.directions(values, scratch)
+        return rows[tile.start : tile.stop], np.array([np.nan])
+
+    def read_bytes(self, tile: Tile) -> int:
+        return 0
+
+    def scratch_bytes(self, tile: Tile, inner: Tile) -> int:
+        return 0
+
+
+class Sketched:
+    """One factor of a sketched update; see `Merged`."""
+
+    def __init__(self, spec: TensorSpec, sketch: Sketch, side: Side) -> None:
         self.spec = spec
         self._sketch = sketch
+        self._side = side
 
     @property
     def resident_bytes(self) -> int:
@@ -234,17 +232,16 @@ class SketchedRight:
     def merge(
         self, tile: Tile, index: int, values: Mapping[str, StatisticValue], scratch: Scratch
     ) -> tuple[Rows, PerModel]:
-        rows = self._sketch.directions(values, scratch)
-        return rows[tile.start : tile.stop], np.array([np.nan])
+        return self._side.rows(tile, values, scratch)
 
     def waves(self) -> Sequence[Sequence[str]]:
         return self._sketch.waves()
 
     def merge_bytes(self, tile: Tile) -> int:
-        return 0
+        return self._side.read_bytes(tile)
 
     def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
-        """What is measured are tiles of the update: all of it, where `tile` is all of V."""
+        """What is measured are tiles of the update: all of it for all of the factor."""
         whole = tile == Tile(0, self.spec.rows)
         return self._sketch.measure_bytes(Tile(0, self._sketch.spec.rows) if whole else tile, names)
 
@@ -252,9 +249,11 @@ class SketchedRight:
         return self._sketch.part_bytes()
 
     def scratch_bytes(self, tile: Tile) -> int:
+        """V, what the side takes, and a tile of the update."""
         inner = tile if tile.col_step > 1 else grid.largest_tile(self._sketch.spec)
-        own = 8 * self._sketch.rank * self._sketch.spec.cols
-        return self._sketch.scratch_bytes(inner) + own
+        along = 8 * self._sketch.rank * self._sketch.spec.cols
+        own = self._side.scratch_bytes(tile, inner)
+        return self._sketch.scratch_bytes(inner) + along + own
 
     def release(self) -> None:
         self._sketch.update.release()

@@ -13,7 +13,7 @@ from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
-from streammerge.sources.sketched import Sketch, SketchedLeft, SketchedRight
+from streammerge.sources.sketched import LeftSide, RightSide, Sketch, Sketched
 from streammerge.statistics import sketch
 from streammerge.words import DType, Knobs, Merged, TensorSpec
 from tests.contracts.merged_contract import assert_within_its_word, run_merged, settle
@@ -45,8 +45,9 @@ def update_of(table: Table, method: str) -> Merged:
 def both(update: Merged, rank: int, dtype: DType = DType.F32) -> tuple[Merged, Merged]:
     """The two factors' merges of an update."""
     spec, shared = update.spec, Sketch(update, rank, dtype, 7)
-    left = SketchedLeft(TensorSpec("b", (spec.rows, rank), dtype), shared)
-    return left, SketchedRight(TensorSpec("a", (rank, spec.cols), dtype), shared)
+    left = Sketched(TensorSpec("b", (spec.rows, rank), dtype), shared, LeftSide(shared))
+    right = Sketched(TensorSpec("a", (rank, spec.cols), dtype), shared, RightSide(shared))
+    return left, right
 
 
 def expected(table: Table, method: str) -> Exact:
