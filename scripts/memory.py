@@ -10,23 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import bench_inputs
+from bench_runs import COMMAND, TIME, timed
 
 from streammerge.methods import CATALOGUE
 
-COMMAND = str(Path(sys.executable).with_name("streammerge"))
-TIME = "/usr/bin/time"
 MIB = 1 << 20
 BUDGETS = (384 * MIB, 1024 * MIB, 4096 * MIB)
 # The projection may be this much more than what is used.
@@ -84,21 +79,13 @@ def measure(
     recipe: Path, out: Path, budget_bytes: int, *options: str, cgroup: Path | None = None
 ) -> Measured:
     """Merge in a process of its own and measure it from outside. Raises CalledProcessError."""
-    with tempfile.NamedTemporaryFile("r") as report:
-        command = [TIME, "-v", "-o", report.name, COMMAND, "merge", str(recipe), "--out", str(out)]
-        command += ["--memory", str(budget_bytes), "--json", "--quiet", *options]
-        if cgroup is not None:
-            enter = f'echo $$ > {cgroup}/cgroup.procs && exec "$@"'
-            command = ["sh", "-c", enter, "sh", *command]
-        started = time.monotonic()
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
-        seconds = time.monotonic() - started
-        kib = re.search(r"Maximum resident set size \(kbytes\): (\d+)", report.read())
-    assert kib, f"{TIME} -v did not say the maximum resident set"
-    return Measured(seconds, int(kib[1]) << 10, json.loads(done.stdout)["projected_bytes"])
+    command = [COMMAND, "merge", str(recipe), "--out", str(out), "--memory", str(budget_bytes)]
+    command += ["--json", "--quiet", *options]
+    if cgroup is not None:
+        enter = f'echo $$ > {cgroup}/cgroup.procs && exec "$@"'
+        command = ["sh", "-c", enter, "sh", *command]
+    run = timed(command, out)
+    return Measured(run.seconds, run.peak_bytes, run.report["projected_bytes"])
 
 
 # ------------------------------------------------------------------------------------- cgroups
