@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from streammerge.planning.inputs import Inputs, Model
 from streammerge.storage.checksum import checksum
 from streammerge.storage.donated import donated
 from streammerge.storage.shard import ShardLayout
+from streammerge.storage.smallfile import pread
 from streammerge.words import Extent
 
 # 64 KiB at 16 places for each 4 GiB of a model: a file of the hub has about that size.
@@ -117,7 +117,7 @@ def _sampled(extents: Iterable[Extent], start: int, crc: int) -> int:
         length = min(left, extent.spec.nbytes - start)
         try:
             with open(extent.path, "rb", buffering=0) as file:
-                crc = checksum(os.pread(file.fileno(), length, extent.offset + start), crc)
+                crc = checksum(pread(file.fileno(), length, extent.offset + start), crc)
         except OSError as error:
             raise _unreadable(extent.path, error) from error
         start, left = 0, left - length

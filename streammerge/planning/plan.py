@@ -157,14 +157,8 @@ def make_plan(
     inputs, outline = settle_tie(inputs, problems)
     outline = settle_vocabulary(recipe, inputs, outline, problems)
     problems.raise_any()
-    notes += [*outline.notes, *template_notes(inputs)]
-    note = float64_note(inputs.donor.tensors)
-    notes += [note] if note else []
-    warnings = [*recipe.warnings, *_scaled_base(recipe, inputs)]
-    for model in inputs.models:
-        if model.adapter:
-            notes += [f"{model.name}: {line}" for line in model.adapter.notes]
-            warnings += [f"{model.name}: {line}" for line in model.adapter.warnings]
+    notes += [*outline.notes, *_notes(inputs)]
+    warnings = [*recipe.warnings, *_scaled_base(recipe, inputs), *_adapter_warnings(inputs)]
     files = Files(inputs.stamps(), io)
     found = split(inputs)
     assembly, pairs = Assembly(recipe, inputs, files), Pairs(recipe, files)
@@ -208,6 +202,21 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(warnings),
     )
+
+
+def _notes(inputs: Inputs) -> Iterator[str]:
+    """What the folders tell, and what their adapters do."""
+    yield from template_notes(inputs)
+    note = float64_note(inputs.donor.tensors)
+    yield from [note] if note else []
+    for model in inputs.models:
+        if model.adapter:
+            yield from (f"{model.name}: {line}" for line in model.adapter.notes)
+
+
+def _adapter_warnings(inputs: Inputs) -> list[str]:
+    adapters = [(model.name, model.adapter) for model in inputs.models if model.adapter]
+    return [f"{name}: {line}" for name, adapter in adapters for line in adapter.warnings]
 
 
 def _jobs(
