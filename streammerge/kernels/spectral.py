@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from streammerge.arrays import Core
 
 # A direction is null below this share of the largest singular value: what is lost with it is less
-# than a rounding of float32, 6e-8, and a basis keeps its right angles to 2e-16 over this.
-NULL = 1e-9
+# than a rounding of float32, 6e-8, and so is 2e-16 over this, by which a basis misses right angles.
+NULL = 1e-8
 
 
 def triangle(blocks: Iterable[Core], cols: int) -> Core:
@@ -36,6 +36,22 @@ def svd(matrix: Core) -> tuple[Core, Core, Core]:
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
     count = int(np.count_nonzero(values > NULL * values[:1].sum()))
     return u[:, :count], values[:count], vt[:count]
+
+
+def basis(triangle: Core) -> tuple[Core, Core]:
+    """Left singular vectors U of a matrix L, by the triangle `[at most R, R]` of its QR.
+
+    Returns `to_basis [R, d]`, with U = L @ to_basis, and `in_basis [d, R]`, which is U' L. The rank
+    d is that of L with its columns at length one: the numbers of an adapter that are small beside
+    another's, in one of its factors, are not null. They would be lost with a cut of L itself.
+    """
+    lengths = np.linalg.norm(triangle, axis=0)
+    divisors = np.where(lengths > 0, lengths, 1.0)
+    _, values, vt = svd(triangle / divisors)
+    to_any_basis = vt.T / values / divisors[:, np.newaxis]
+    in_any_basis = values[:, np.newaxis] * vt * lengths
+    turn = np.linalg.svd(in_any_basis, full_matrices=False)[0]
+    return to_any_basis @ turn, turn.T @ in_any_basis
 
 
 def isotropic(matrix: Core) -> Core:

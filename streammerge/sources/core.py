@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.errors import BadInput
-from streammerge.kernels.spectral import svd, triangle
+from streammerge.kernels.spectral import basis, triangle
 from streammerge.memory import Scratch
 from streammerge.sources.low_rank import Product
 from streammerge.words import Factors, Matrix, Source, Tile
@@ -85,24 +85,22 @@ def core_space(product: Product, updates: LowRank) -> CoreSpace:
     Reads every left factor once. Raises BadInput where a factor holds a value that is not finite.
     """
     rank = updates.rank
-    _, left_values, left = svd(triangle(_left_blocks(product, updates.rows), rank))
-    _, right_values, right = svd(triangle(_right_blocks(product), rank))
-    in_left = left_values[:, np.newaxis] * left  # U' L
-    in_right = right_values[:, np.newaxis] * right  # V' right'
-    cores = np.zeros((updates.count, len(left_values), len(right_values)))
+    to_left, in_left = basis(triangle(_left_blocks(product, updates.rows), rank))
+    to_right, in_right = basis(triangle(_right_blocks(product), rank))
+    cores = np.zeros((updates.count, len(in_left), len(in_right)))
     start = 0
     for pair, model in zip(updates.factors, updates.models, strict=True):
         own = slice(start, start + pair.rank)
         cores[model] += pair.scale * in_left[:, own] @ in_right[:, own].T
         start += pair.rank
-    return CoreSpace(left.T / left_values, right.T / right_values, cores)
+    return CoreSpace(to_left, to_right, cores)
 
 
 def core_bytes(updates: LowRank) -> int:
     """Working memory of `core_space`, what reading a block takes not counted."""
     rank = updates.rank
     block = 8 * (3 * BLOCK + 2 * rank) * rank  # in float64, stacked, and as LAPACK has it
-    return max(block, 8 * (8 + updates.count) * rank**2) + 8 * 2 * rank**2
+    return max(block, 8 * (10 + updates.count) * rank**2) + 8 * 2 * rank**2
 
 
 def _left_blocks(product: Product, rows: int) -> Iterator[Core]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from streammerge import grid
@@ -118,13 +118,21 @@ def any_pairs(draw: st.DrawFn) -> list[tuple[Exact, Exact]]:
             pairs[i] = b @ np.diag([1.0, *[0.0] * (b.shape[1] - 1)]), a
         elif kind == "zero":
             pairs[i] = np.zeros_like(b), a
+        size = 10.0 ** draw(st.sampled_from([0, 0, -6, 6]))  # of its left factor beside the right
+        pairs[i] = pairs[i][0] * size, pairs[i][1] / size
     return pairs
+
+
+A_THIRTIETH = np.linspace(-1, 1, 10)[np.newaxis]
 
 
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(any_pairs())
+@example(
+    [(np.ones((12, 1)), A_THIRTIETH * 30), (np.linspace(1, 2, 12)[:, np.newaxis], A_THIRTIETH)]
+)
 def test_the_bases_are_orthonormal_and_nothing_is_lost(
     tmp_path: Path, pairs: list[tuple[Exact, Exact]]
 ) -> None:
@@ -136,8 +144,9 @@ def test_the_bases_are_orthonormal_and_nothing_is_lost(
     np.testing.assert_allclose(u.T @ u, np.eye(u.shape[1]), atol=1e-6)
     np.testing.assert_allclose(vt @ vt.T, np.eye(len(vt)), atol=1e-6)
     size = max(np.abs(delta).max() for delta in made.deltas)
-    for core, delta in zip(space.cores, made.deltas, strict=True):
-        np.testing.assert_allclose(u @ core @ vt, delta, rtol=0, atol=1e-8 * size)
+    for core, delta, (b, a) in zip(space.cores, made.deltas, pairs, strict=True):
+        rounding = 1e-7 * (np.abs(b) @ np.abs(a)).max()  # of its own size, however small
+        np.testing.assert_allclose(u @ core @ vt, delta, rtol=0, atol=rounding)
     weights = WEIGHTS[: len(pairs)]
     merged = sum(w * d for w, d in zip(weights, made.deltas, strict=True))
     found = product_of(Mixed(made.files, made.updates, Weighted(weights)), 12)
