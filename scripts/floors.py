@@ -19,6 +19,7 @@ FLOORS = (
     {
         "__init__",
         "words",
+        "declarations",
         "arrays",
         "grid",
         "noise",

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from streammerge import events, kernels, system
 from streammerge.building import build
+from streammerge.declarations import MethodSpec
 from streammerge.errors import ConfigError, OutputRefused, Problems
 from streammerge.manner import Manner
 from streammerge.memory import default_budget
@@ -34,7 +35,6 @@ from streammerge.report import Changes, Report
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
 from streammerge.storage.rundir import clear_state
-from streammerge.words import MethodSpec
 
 AS_USUAL = Manner()
 

@@ -23,7 +23,7 @@ import numpy as np
 from streammerge.arrays import Deltas, PerModel, Rows
 from streammerge.methods import method
 from streammerge.methods.ties import ties
-from streammerge.words import Coefficients, Knob
+from streammerge.declarations import (Coefficients, Knob)
 """
 TWICE = """
 @method()

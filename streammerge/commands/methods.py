@@ -8,13 +8,14 @@ from textwrap import wrap
 from typing import Any
 
 from streammerge import grid
+from streammerge.declarations import Knob, Knobs, KnobValue, MethodSpec
 from streammerge.errors import ConfigError
 from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning.cost import STATES
 from streammerge.sizes import format_size
 from streammerge.sources import applied, together
 from streammerge.sources.needs import Needs
-from streammerge.words import DType, Knob, Knobs, KnobValue, MethodSpec, TensorSpec
+from streammerge.words import DType, TensorSpec
 
 # A tensor such as a large model is made of.
 _TENSOR = TensorSpec("w", (4096, 4096), DType.BF16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from streammerge.arrays import Deltas, PerModel, Rows
+from streammerge.declarations import Knob
 from streammerge.kernels import Cut, drop_largest, scaled, trim
 from streammerge.methods.family import (
     Density,
@@ -19,7 +20,6 @@ from streammerge.methods.family import (
 from streammerge.methods.registry import method
 from streammerge.statistics import KthMagnitude, Rescaling, TotalWeight
 from streammerge.statistics.kth_magnitude import largest
-from streammerge.words import Knob
 
 Gamma = Annotated[
     PerModel, Knob(0.01, "share of elements, the largest, to leave out", at_least=0, below=1)

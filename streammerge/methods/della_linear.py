@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from streammerge.arrays import Deltas, PerModel, Rows
+from streammerge.declarations import Knob
 from streammerge.kernels import drop_by_rank, scaled
 from streammerge.methods.family import (
     Density,
@@ -19,7 +20,6 @@ from streammerge.methods.family import (
 from streammerge.methods.registry import method
 from streammerge.noise import Draws
 from streammerge.statistics import Random, Rescaling, TotalWeight
-from streammerge.words import Knob
 
 Epsilon = Annotated[
     PerModel,

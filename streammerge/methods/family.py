@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeAlias
 
 from streammerge.arrays import Deltas, PerModel, Rows
+from streammerge.declarations import Knob, Knobs
 from streammerge.kernels import Cut, add_up, elect, trim
 from streammerge.kernels.vote import Divisor, Vote
 from streammerge.statistics.kth_magnitude import largest
-from streammerge.words import Knob, Knobs
 
 Rescale: TypeAlias = Literal["none", "l1", "density"]
 Divide: TypeAlias = Literal["normalize", "weights", "count", "none"]

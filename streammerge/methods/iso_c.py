@@ -7,9 +7,9 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Core, Cores, PerModel
+from streammerge.declarations import Knob
 from streammerge.kernels.spectral import isotropic
 from streammerge.methods.registry import method
-from streammerge.words import Knob
 
 
 @method(reference="Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959")

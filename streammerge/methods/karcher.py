@@ -7,10 +7,10 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import InnerProducts, PerModel, Weights
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
 from streammerge.methods.spherical import norms
 from streammerge.statistics import Gram
-from streammerge.words import Coefficients, Knob
 
 
 @method(reference="Karcher, Riemannian center of mass, 1977; arXiv 2603.04972")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from streammerge.arrays import PerModel, Weights
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
-from streammerge.words import Coefficients, Knob
 
 
 @method(reference="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482")

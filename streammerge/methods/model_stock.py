@@ -8,11 +8,11 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Deltas, InnerProducts
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
 from streammerge.methods.spherical import norms
 from streammerge.statistics import Gram
 from streammerge.statistics.gram import Over
-from streammerge.words import Coefficients, Knob
 
 _LEAST = 1e-6
 

@@ -7,10 +7,10 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import InnerProducts, PerModel, Vectors
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
 from streammerge.methods.spherical import norms
 from streammerge.statistics import Gram
-from streammerge.words import Coefficients, Knob
 
 _LEAST_MEAN = 1e-6  # under it, the inner products of unit vectors tell no direction
 

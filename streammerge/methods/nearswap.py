@@ -7,8 +7,8 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Deltas, Rows
+from streammerge.declarations import Knob
 from streammerge.methods.registry import method
-from streammerge.words import Knob
 
 _LEAST = 1e-6
 

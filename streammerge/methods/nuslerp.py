@@ -7,11 +7,11 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import InnerProducts, PerModel, Vectors
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
 from streammerge.methods.spherical import between, norms
 from streammerge.statistics import Gram
 from streammerge.statistics.gram import Over
-from streammerge.words import Coefficients, Knob
 
 _LEAST_SUM = 1e-6
 _LEAST_NORM = 1e-7

@@ -18,9 +18,9 @@ from importlib.metadata import entry_points
 from inspect import getsourcefile
 from pathlib import Path
 
+from streammerge.declarations import MethodSpec
 from streammerge.errors import ConfigError, MethodError
 from streammerge.methods.user_code import FAULTS, guarded, run_file, unloadable
-from streammerge.words import MethodSpec
 
 GROUP = "streammerge.methods"
 _FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<function>\w+))?")

@@ -7,9 +7,9 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Deltas, Rows
+from streammerge.declarations import Knob
 from streammerge.kernels.contributions import merge_contributions
 from streammerge.methods.registry import method
-from streammerge.words import Knob
 
 Epsilon = Annotated[float, Knob(1e-5, "a difference up to this is none", at_least=0)]
 

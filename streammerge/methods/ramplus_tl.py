@@ -7,11 +7,11 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Deltas, PerModel, Rows
+from streammerge.declarations import Knob
 from streammerge.kernels.contributions import count_contributions, merge_contributions
 from streammerge.methods.ram import Epsilon
 from streammerge.methods.registry import method
 from streammerge.statistics import Sums
-from streammerge.words import Knob
 
 
 def contributions(deltas: Deltas, epsilon: float) -> PerModel:

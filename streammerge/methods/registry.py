@@ -29,8 +29,16 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from streammerge.arrays import Base, Core, Cores, Deltas, PerModel, Rows, Vectors, Weights
+from streammerge.declarations import (
+    Coefficients,
+    Declared,
+    Knob,
+    Knobs,
+    MethodSpec,
+    Space,
+    Statistic,
+)
 from streammerge.methods.on_torch import is_tensor, on_arrays
-from streammerge.words import Coefficients, Declared, Knob, Knobs, MethodSpec, Space, Statistic
 
 _SPACES: Mapping[Any, Space] = {
     Deltas: "deltas",

@@ -7,12 +7,12 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Deltas, PerModel, Rows
+from streammerge.declarations import Knob
 from streammerge.kernels import Cut, elect, trim
 from streammerge.kernels.contributions import variance, zero_where_zero
 from streammerge.kernels.product import gram
 from streammerge.methods.registry import method
 from streammerge.statistics import ElementCount, KthValue, ModelCount, Sums
-from streammerge.words import Knob
 
 _LEAST_SUM = 1e-6
 _LEAST_DIVISOR = 1e-6

@@ -8,10 +8,10 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Deltas, InnerProducts
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
 from streammerge.methods.spherical import between
 from streammerge.statistics import Gram
-from streammerge.words import Coefficients, Knob
 
 _PARALLEL = 0.9995
 _LEAST_NORM = 1e-8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from streammerge.arrays import Deltas, PerModel
+from streammerge.declarations import Coefficients, Knob
 from streammerge.methods.registry import method
-from streammerge.words import Coefficients, Knob
 
 
 @method(reference="Ilharco et al., Editing Models with Task Arithmetic, arXiv 2212.04089")

@@ -7,9 +7,9 @@ from typing import Annotated
 import numpy as np
 
 from streammerge.arrays import Core, Cores, PerModel
+from streammerge.declarations import Knob
 from streammerge.kernels.spectral import polar, svd
 from streammerge.methods.registry import method
-from streammerge.words import Knob
 
 
 @method(reference="Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv 2412.00081")

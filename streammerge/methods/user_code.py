@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from streammerge.declarations import MethodSpec
 from streammerge.errors import MethodError, Place, StreammergeError
-from streammerge.words import MethodSpec
 
 # What code may raise; KeyboardInterrupt is the user's own.
 FAULTS = (Exception, SystemExit)

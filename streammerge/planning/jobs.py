@@ -27,13 +27,7 @@ from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.shard import ShardLayout
 from streammerge.storage.spill import SpillStore
-from streammerge.words import (
-    Extent,
-    Merged,
-    Source,
-    StatisticValue,
-    Tile,
-)
+from streammerge.words import Extent, Merged, Source, StatisticValue, Tile
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import fsum
 
+from streammerge.declarations import Knobs
 from streammerge.planning.parts import Parts
 from streammerge.recipe import Recipe
 from streammerge.sources.combined import Combined
@@ -11,7 +12,7 @@ from streammerge.sources.core import low_rank
 from streammerge.sources.in_core import Combine, InCore, Isotropized, Turned, Weighted
 from streammerge.sources.pairs import Mixed, Pair, Stacked
 from streammerge.storage.bytesource import Files
-from streammerge.words import DType, Knobs
+from streammerge.words import DType
 
 # Weights whose sum is within this of one leave the base as it is.
 _WHOLE = 1e-9

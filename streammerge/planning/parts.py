@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from streammerge.declarations import Knobs
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.recipe import Recipe
 from streammerge.sources.adapted import Adapted, Change
@@ -17,16 +18,7 @@ from streammerge.sources.low_rank import Product
 from streammerge.sources.replaced import Replaced
 from streammerge.sources.scaled import Scaled
 from streammerge.storage.bytesource import Files
-from streammerge.words import (
-    Addition,
-    Dora,
-    Extent,
-    Factors,
-    Knobs,
-    Replacement,
-    Source,
-    Update,
-)
+from streammerge.words import Addition, Dora, Extent, Factors, Replacement, Source, Update
 
 
 @dataclass(frozen=True, slots=True)

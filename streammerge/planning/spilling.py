@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streammerge.declarations import Knobs, MethodSpec
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.spill import Choice, Chooser, Wanted
 from streammerge.sources.needs import Needs
 from streammerge.sources.spilled import Spilled
 from streammerge.sources.together import low_rank
 from streammerge.storage.spill import Kind, SpillArray, SpillStore
-from streammerge.words import Knobs, MethodSpec, Source
+from streammerge.words import Source
 
 
 class Spilling:

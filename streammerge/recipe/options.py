@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streammerge.declarations import MethodSpec
 from streammerge.errors import Problems
 from streammerge.recipe.read import parse_recipe
 from streammerge.recipe.references import existing_path
 from streammerge.recipe.values import Recipe
 from streammerge.recipe.write import dump
-from streammerge.words import MethodSpec
 
 COMMAND_LINE = "<command line>"
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+from streammerge.declarations import Knob, KnobValue, MethodSpec
 from streammerge.errors import ConfigError, Place, Problems
 from streammerge.recipe.document import Document, Spot
 from streammerge.recipe.wording import KeyPath, dotted, nearest, shown
-from streammerge.words import Knob, KnobValue, MethodSpec
 
 # Every parameter of the catalogue of methods in docs and of mergekit 0.1.5, for any method.
 CATALOGUE = frozenset(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from streammerge.declarations import KnobValue, MethodSpec
 from streammerge.errors import ConfigError, Place, Problems, StreammergeError
 from streammerge.recipe.document import Document, parse
 from streammerge.recipe.entries import Draft, Drafts, unique_names
@@ -16,7 +17,7 @@ from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
 from streammerge.recipe.values import Entry, Recipe, Reference
 from streammerge.recipe.wording import nearest, quoted
 from streammerge.sizes import parse_size
-from streammerge.words import FLOAT_NAMES, DType, KnobValue, MethodSpec
+from streammerge.words import FLOAT_NAMES, DType
 
 
 def read_recipe(path: Path, methods: Mapping[str, MethodSpec], problems: Problems) -> Recipe | None:

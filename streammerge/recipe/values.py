@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from streammerge.declarations import KnobValue, MethodSpec
 from streammerge.errors import Place
-from streammerge.words import DType, KnobValue, MethodSpec
+from streammerge.words import DType
 
 
 @dataclass(frozen=True, slots=True)

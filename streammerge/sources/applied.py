@@ -8,20 +8,13 @@ from typing import Any
 import numpy as np
 
 from streammerge.arrays import PerModel, Rows
+from streammerge.declarations import Knobs, MethodSpec
 from streammerge.errors import MethodError
 from streammerge.kernels.weighted import sum_of_squares
 from streammerge.memory import Scratch
 from streammerge.sources.needs import Needs
 from streammerge.sources.stack import Stack
-from streammerge.words import (
-    Fold,
-    Knobs,
-    MethodSpec,
-    Source,
-    StatisticValue,
-    TensorSpec,
-    Tile,
-)
+from streammerge.words import Fold, Source, StatisticValue, TensorSpec, Tile
 
 
 class Applied:

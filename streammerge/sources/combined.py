@@ -9,22 +9,14 @@ from typing import Any
 import numpy as np
 
 from streammerge.arrays import Factor, PerModel, Rows
+from streammerge.declarations import Coefficients, Knobs, MethodSpec
 from streammerge.errors import MethodError
 from streammerge.kernels.weighted import sum_of_squares
 from streammerge.memory import Scratch
 from streammerge.sources.needs import Needs
 from streammerge.sources.together import add_times, together
 from streammerge.storage.bytesource import Files
-from streammerge.words import (
-    Coefficients,
-    Fold,
-    Knobs,
-    MethodSpec,
-    Source,
-    StatisticValue,
-    TensorSpec,
-    Tile,
-)
+from streammerge.words import Fold, Source, StatisticValue, TensorSpec, Tile
 
 
 class Combined:

@@ -9,22 +9,13 @@ import numpy as np
 
 from streammerge import grid
 from streammerge.arrays import Rows
+from streammerge.declarations import Knobs, MethodSpec
 from streammerge.kernels.spectral import isotropic
 from streammerge.memory import Scratch
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.storage.bytesource import Files
-from streammerge.words import (
-    DType,
-    Knobs,
-    Merged,
-    MethodSpec,
-    OwnStatistic,
-    StatisticValue,
-    TensorSpec,
-    Terms,
-    Tile,
-)
+from streammerge.words import DType, Merged, OwnStatistic, StatisticValue, TensorSpec, Terms, Tile
 
 if TYPE_CHECKING:
     from streammerge.arrays import Core

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from streammerge.declarations import Knobs, MethodSpec, Statistic
 from streammerge.memory import Scratch
-from streammerge.words import (
-    DeltaStack,
-    Fold,
-    Knobs,
-    MethodSpec,
-    Statistic,
-    StatisticValue,
-    TensorSpec,
-)
+from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
 
 
 class Needs:

@@ -8,15 +8,7 @@ from typing import Any
 from streammerge.arrays import PerModel, Rows
 from streammerge.memory import Scratch
 from streammerge.sources.stack import Stack
-from streammerge.words import (
-    Fold,
-    Merged,
-    OwnStatistic,
-    Source,
-    StatisticValue,
-    TensorSpec,
-    Tile,
-)
+from streammerge.words import Fold, Merged, OwnStatistic, Source, StatisticValue, TensorSpec, Tile
 
 
 class Prepared:

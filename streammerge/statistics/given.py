@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 from streammerge import grid
+from streammerge.declarations import Declared, Knobs
 from streammerge.noise import Draws, key_of
-from streammerge.words import Declared, Knobs, StatisticValue, TensorSpec
+from streammerge.words import StatisticValue, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

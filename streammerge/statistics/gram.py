@@ -14,19 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from streammerge import grid
+from streammerge.declarations import Declared, Knobs
 from streammerge.kernels.product import gram
 from streammerge.memory import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import check_names, of_shared
-from streammerge.words import (
-    Declared,
-    DeltaStack,
-    Fold,
-    Knobs,
-    StatisticValue,
-    TensorSpec,
-    Tile,
-)
+from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile
 
 if TYPE_CHECKING:
     from streammerge.arrays import InnerProducts, Rows

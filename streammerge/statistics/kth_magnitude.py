@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from streammerge.declarations import Declared, Knobs
 from streammerge.statistics.of_stack import check_names, of_each
 from streammerge.statistics.select import each_model, part_bytes, select, state_bytes
-from streammerge.words import Declared, Fold, Knobs, StatisticValue, TensorSpec
+from streammerge.words import Fold, StatisticValue, TensorSpec
 
 
 def largest(numel: int, share: float) -> int:

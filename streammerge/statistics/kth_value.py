@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from streammerge.declarations import Declared, Knobs
 from streammerge.statistics.of_stack import OfStack, check_names, of_shared
 from streammerge.statistics.select import each_model, part_bytes, select, state_bytes
-from streammerge.words import Declared, DeltaStack, Fold, Knobs, StatisticValue, TensorSpec
+from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
 
 if TYPE_CHECKING:
     from streammerge.arrays import Rows

@@ -10,7 +10,8 @@ from inspect import signature
 from typing import Any
 
 from streammerge.arrays import Deltas
-from streammerge.words import Declared, DeltaStack, Knobs, StatisticValue
+from streammerge.declarations import Declared, Knobs
+from streammerge.words import DeltaStack, StatisticValue
 
 
 @dataclass(frozen=True, slots=True)

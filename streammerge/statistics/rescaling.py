@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streammerge.declarations import Declared, Knobs
 from streammerge.kernels.weighted import sum_of_magnitudes
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import OfStack, check_names, of_each
 from streammerge.statistics.sums import Summing
-from streammerge.words import (
-    Declared,
-    DeltaStack,
-    Fold,
-    Knobs,
-    StatisticValue,
-    TensorSpec,
-)
+from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
 
 if TYPE_CHECKING:
     from streammerge.arrays import Deltas, PerModel

@@ -6,18 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streammerge.declarations import Declared, Knobs
 from streammerge.memory import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import OfStack
-from streammerge.words import (
-    Declared,
-    DeltaStack,
-    Fold,
-    Knobs,
-    StatisticValue,
-    TensorSpec,
-    Tile,
-)
+from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile
 
 if TYPE_CHECKING:
     from streammerge.arrays import Deltas, PerModel

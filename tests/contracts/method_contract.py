@@ -19,12 +19,12 @@ import pytest
 
 import streammerge as sm
 from streammerge import grid
+from streammerge.declarations import Knob, MethodSpec
 from streammerge.errors import ConfigError, Place, Problems
 from streammerge.methods import CATALOGUE
 from streammerge.planning import MergeJob
 from streammerge.recipe.read import parse_recipe
 from streammerge.sinks.shards import ShardsSink
-from streammerge.words import Knob, MethodSpec
 from streammerge.work import Worker
 from tests.contracts.any_order import AnyOrder
 from tests.contracts.merged_contract import assert_within_its_word

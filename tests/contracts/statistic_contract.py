@@ -18,10 +18,11 @@ import pytest
 from numpy.typing import NDArray
 
 from streammerge.arrays import Deltas
+from streammerge.declarations import Knobs, Statistic
 from streammerge.kernels.product import gram
 from streammerge.memory import Scratch
 from streammerge.statistics.saved import restored, saved
-from streammerge.words import DType, Fold, Knobs, Statistic, StatisticValue, TensorSpec, Tile
+from streammerge.words import DType, Fold, StatisticValue, TensorSpec, Tile
 from tests.oracles.dense import Exact, Single
 
 OBJECT_BYTES = 24 << 10  # of Python's own small objects

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from streammerge import grid
 from streammerge.adapters.lora import low_rank as factors_of
+from streammerge.declarations import Knobs
 from streammerge.errors import BadInput
 from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
@@ -25,7 +26,7 @@ from streammerge.sources.low_rank import Product
 from streammerge.sources.pairs import Mixed, Pair, Stacked
 from streammerge.storage.bytesource import Files
 from streammerge.storage.header import read_header
-from streammerge.words import DType, Knobs, Merged, Tile
+from streammerge.words import DType, Merged, Tile
 from tests.contracts.merged_contract import MergedContract
 from tests.contracts.small_inputs import encode
 from tests.contracts.source_contract import open_files

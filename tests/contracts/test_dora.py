@@ -12,6 +12,7 @@ import pytest
 
 from streammerge import grid
 from streammerge.adapters.lora import low_rank
+from streammerge.declarations import Knobs
 from streammerge.kernels.norms import rescale_columns, rescale_rows
 from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
@@ -24,7 +25,7 @@ from streammerge.sources.stack import Stack
 from streammerge.sources.weighted import WeightedSum
 from streammerge.statistics.saved import restored, saved
 from streammerge.storage.bytesource import Files, Io
-from streammerge.words import Dora, Extent, Knobs, Merged, Source, StatisticValue, Terms, Tile
+from streammerge.words import Dora, Extent, Merged, Source, StatisticValue, Terms, Tile
 from tests.contracts.merged_contract import MergedContract, settle
 from tests.contracts.small_inputs import decode, encode
 from tests.contracts.source_contract import SourceContract, open_files, random_tensor, write_odd

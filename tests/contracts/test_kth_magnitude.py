@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streammerge.declarations import Declared, Knobs
 from streammerge.kernels import Cut, trim
 from streammerge.kernels.prune import ABOVE_ALL
 from streammerge.statistics import KthMagnitude, tally
 from streammerge.statistics.select import Counting, Subject, Thresholds, each_model
 from streammerge.statistics.tally import Bracket
-from streammerge.words import Declared, DType, Knobs, StatisticValue, TensorSpec, Tile
+from streammerge.words import DType, StatisticValue, TensorSpec, Tile
 from tests.contracts.statistic_contract import (
     StatisticContract,
     awkward,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from streammerge.adapters.lora import low_rank
+from streammerge.declarations import Knobs
 from streammerge.methods import CATALOGUE
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.applied import Applied
@@ -18,7 +19,7 @@ from streammerge.sources.low_rank import Product
 from streammerge.sources.weighted import WeightedSum
 from streammerge.storage.bytesource import Files
 from streammerge.storage.header import read_header
-from streammerge.words import Knobs, Merged, Source, Tile
+from streammerge.words import Merged, Source, Tile
 from tests.contracts.merged_contract import MergedContract, assert_within_its_word
 from tests.contracts.small_inputs import Entry, SmallInputs
 from tests.contracts.source_contract import open_files

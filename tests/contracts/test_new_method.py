@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from streammerge.declarations import MethodSpec
 from streammerge.methods import load
-from streammerge.words import MethodSpec
 from tests.contracts.method_contract import MethodContract, Setting
 from tests.contracts.small_inputs import SmallInputs
 from tests.oracles import dense
@@ -29,7 +29,7 @@ from streammerge.arrays import Deltas, PerModel, Rows, Weights
 from streammerge.kernels import Cut, trim
 from streammerge.methods import method
 from streammerge.statistics import KthMagnitude
-from streammerge.words import Coefficients, Knob
+from streammerge.declarations import (Coefficients, Knob)
 
 '''
 

@@ -8,19 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from streammerge.declarations import Declared, Knobs, KnobValue, Statistic
 from streammerge.kernels import trim
 from streammerge.kernels.prune import magnitude_of
 from streammerge.statistics import Gram, KthValue, Rescaling, Sums
-from streammerge.words import (
-    Declared,
-    DType,
-    Knobs,
-    KnobValue,
-    Statistic,
-    StatisticValue,
-    TensorSpec,
-    Tile,
-)
+from streammerge.words import DType, StatisticValue, TensorSpec, Tile
 from tests.contracts.statistic_contract import StatisticContract, cut_rows, fold_over
 from tests.oracles.dense import Exact, Single, keep_largest
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from streammerge import grid
+from streammerge.declarations import Knobs
 from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.sources.sketched import LeftSide, RightSide, Sketch, Sketched
 from streammerge.statistics import sketch
-from streammerge.words import DType, Knobs, Merged, TensorSpec
+from streammerge.words import DType, Merged, TensorSpec
 from tests.contracts.merged_contract import assert_within_its_word, run_merged, settle
 from tests.contracts.test_merges import NAME, SHAPE, Table
 from tests.oracles import low_rank as oracle

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
+from streammerge.declarations import Coefficients
 from streammerge.methods import CATALOGUE
-from streammerge.words import Coefficients
 from tests.contracts.method_contract import MethodContract, Setting
 from tests.contracts.small_inputs import Shape, SmallInputs
 from tests.oracles import spherical

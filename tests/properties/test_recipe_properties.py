@@ -7,9 +7,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.declarations import Knob, MethodSpec
 from streammerge.errors import Place, Problems
 from streammerge.recipe import Entry, Recipe, Reference, parse_recipe, to_yaml
-from streammerge.words import DType, Knob, MethodSpec
+from streammerge.words import DType
 
 TIES = MethodSpec(
     "ties",

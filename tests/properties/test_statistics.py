@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.declarations import Knobs
 from streammerge.kernels import trim
 from streammerge.kernels.prune import ABOVE_ALL, keys
 from streammerge.statistics import KthMagnitude, select, tally
 from streammerge.statistics.select import Counting, Subject, Thresholds, each_model
 from streammerge.statistics.tally import Bracket
-from streammerge.words import DType, Knobs, StatisticValue, TensorSpec
+from streammerge.words import DType, StatisticValue, TensorSpec
 from tests.contracts.statistic_contract import cut_rows, fold_over
 from tests.oracles.dense import Single, keep_largest
 

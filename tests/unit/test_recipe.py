@@ -10,9 +10,10 @@ from typing import Literal
 import pytest
 import yaml
 
+from streammerge.declarations import Knob, MethodSpec
 from streammerge.errors import Place, Problems
 from streammerge.recipe import Recipe, build_recipe, parse_recipe, read_recipe, to_yaml
-from streammerge.words import DType, Knob, MethodSpec
+from streammerge.words import DType
 
 ONE = Knob(1.0)
 DENSITY = Knob(1.0, above=0, up_to=1)
