@@ -14,6 +14,8 @@ from streammerge import system
 
 MIB = 1 << 20
 LEAST_DEFAULT = 256 * MIB
+# State of one tensor's statistics; less of it may cost another read, more is not faster.
+STATES = (12 * MIB, 4 * MIB, MIB)
 
 
 def default_budget(environ: Mapping[str, str] = os.environ) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 from streammerge import grid
 from streammerge.declarations import Knob, Knobs, KnobValue, MethodSpec
 from streammerge.errors import ConfigError
+from streammerge.memory import STATES
 from streammerge.methods import CATALOGUE, WithOwn
-from streammerge.planning.cost import STATES
 from streammerge.sizes import format_size
 from streammerge.sources import applied, together
 from streammerge.sources.needs import Needs

@@ -11,7 +11,8 @@ from heapq import nlargest
 
 from streammerge import system
 from streammerge.errors import BudgetError
-from streammerge.planning.cost import MOST_JOBS, STATES, Demand
+from streammerge.memory import STATES
+from streammerge.planning.cost import MOST_JOBS, Demand
 from streammerge.sizes import format_size
 
 MIB = 1 << 20

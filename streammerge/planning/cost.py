@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from heapq import nlargest
 
 from streammerge import grid
+from streammerge.memory import STATES
 from streammerge.planning.jobs import CopyJob, Job, MergeJob
 from streammerge.planning.spill import SpillTotals
 from streammerge.sources.prepared import Prepared
@@ -14,8 +15,6 @@ from streammerge.words import Merged, StatisticValue, Tile
 
 # As many jobs as are ever in flight at once.
 MOST_JOBS = 64
-# State of one tensor's statistics; less of it may cost another read, more is not faster.
-STATES = (12 << 20, 4 << 20, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
