@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from streammerge.recipe import Recipe
 
 BUG = 70
+FORCE_HELP = (
+    "Replace the output that is there, and what another merge left half done. What this very merge "
+    "left half done is gone on with."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +60,7 @@ def cli() -> None:
 
 @cli.command()
 @recipe_options
-@click.option("--force", is_flag=True, help="Replace what is there of another merge.")
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.option(
     "--nan",
     type=click.Choice(["error", "keep"]),
@@ -123,7 +127,7 @@ def merge(
 @click.option("--memory", metavar="SIZE", help="The most memory to use.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs.")
 @click.option("--seed", type=int, help="Of the random vectors that look for directions.")
-@click.option("--force", is_flag=True, help="Replace what is there of another merge.")
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
     """Write what sets the model TUNED apart from its base as a LoRA adapter.

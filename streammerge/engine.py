@@ -104,10 +104,11 @@ def merge(
     """Merge as the recipe says, into the folder `out`.
 
     Without `out`, the recipe's `output`, else a folder named like the recipe in the working
-    directory. `force` replaces an output of another merge, finished or not; `strict_bytes` refuses
-    to go on with one that other libraries began; `nan` says whether values that are not finite are
-    an error. The other arguments are those of `plan`; raises StreammergeError, and then the output
-    is absent, or as it was, and the same call goes on from what is done.
+    directory. `force` replaces a finished output, once the new one is complete, and what another
+    merge left half done; `strict_bytes` refuses to go on with one that other libraries began; `nan`
+    says whether values that are not finite are an error. The other arguments are those of `plan`;
+    raises StreammergeError, and then the output is absent, or as it was, and the same call goes on
+    from what is done.
     """
     made = plan(
         config,
