@@ -21,7 +21,7 @@ from streammerge.errors import (
     StorageError,
     StreammergeError,
 )
-from streammerge.merge_options import recipe_options
+from streammerge.merge_options import PICKLE_HELP, recipe_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,6 +121,7 @@ def merge(
 @click.option("--base", metavar="DIR", required=True, help="The model that it was tuned from.")
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Of every matrix.")
 @click.option("--out", metavar="DIR", required=True, help="Where the adapter goes.")
+@click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--embeddings", is_flag=True, help="Save embeddings and head whole, as modules.")
 @click.option("--norms", is_flag=True, help="Save norms whole, as modules.")
 @click.option("--dtype", "out_dtype", metavar="NAME", help="Of the adapter; default: float32.")
@@ -148,7 +149,7 @@ def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: An
         from streammerge.commands.extract import recipe_of
         from streammerge.manner import Manner
 
-        limits = {name: options.pop(name) for name in ("memory", "threads")}
+        limits = {name: options.pop(name) for name in ("memory", "threads", "allow_pickle")}
         recipe = recipe_of(tuned, **options)
         with progress.reporter(quiet=False, log_format="text") as emit:
             made = engine.plan(recipe, out=out, emit=emit, **limits)
@@ -219,6 +220,7 @@ def methods(name: str | None, as_json: bool) -> None:
     "own, whose names are looked for in the working directory.",
 )
 @click.option("--memory", metavar="SIZE", help="For --recompute: the most memory to use.")
+@click.option("--allow-pickle", is_flag=True, help=f"For --recompute: {PICKLE_HELP}")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(
     out: str,
@@ -226,11 +228,12 @@ def verify(
     recompute: int | None,
     config: str | None,
     memory: str | None,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Hold the finished output OUT to its own record, and to its inputs."""
-    if recompute is None and (config or memory):
-        raise click.UsageError("--config and --memory go with --recompute")
+    if recompute is None and (config or memory or allow_pickle):
+        raise click.UsageError("--config, --memory and --allow-pickle go with --recompute")
     _prepare(None)
     from pathlib import Path
 
@@ -242,7 +245,8 @@ def verify(
         from streammerge.commands.recompute import recompute as derive_again
 
         recipe = Path(config) if config else None
-        found = derive_again(found, recompute, config=recipe, memory=memory)
+        limits: dict[str, Any] = {"memory": memory, "allow_pickle": allow_pickle}
+        found = derive_again(found, recompute, config=recipe, **limits)
     _print(json.dumps(found.as_dict()) if as_json else describe(found))
 
 
@@ -312,19 +316,19 @@ def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
             methods=WithOwn(CATALOGUE, (Path.cwd(),)),
             problems=problems,
         )
-    _raise_with_inputs(recipe, problems)
+    _raise_with_inputs(recipe, problems, allow_pickle=options["allow_pickle"])
     assert recipe is not None
     return _override(recipe, options)
 
 
-def _raise_with_inputs(recipe: Recipe | None, problems: Problems) -> None:
+def _raise_with_inputs(recipe: Recipe | None, problems: Problems, *, allow_pickle: bool) -> None:
     """Before giving up on a faulty recipe, look for faults of what it names, to say all at once."""
     if not len(problems):
         return
     if recipe is not None:
         from streammerge.planning.inputs import open_inputs
 
-        open_inputs(recipe, problems)
+        open_inputs(recipe, problems, allow_pickle=allow_pickle)
     problems.raise_any()
 
 
@@ -345,7 +349,7 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 def _plan(recipe: Recipe, options: dict[str, Any], emit: Any, out: Path | None) -> Plan:
     from streammerge import engine
 
-    names = ("memory", "threads", "io", "spill", "cache", "keep_cache")
+    names = ("memory", "threads", "io", "spill", "cache", "keep_cache", "allow_pickle")
     chosen = {name: options[name] for name in names}
     return engine.plan(recipe, out=out, emit=emit, **chosen)
 

@@ -37,7 +37,12 @@ _REMEDY = "merge again; if it stays so, check memory and disks of this machine"
 
 
 def recompute(
-    verified: Verified, tiles: int, *, config: Path | None = None, memory: str | None = None
+    verified: Verified,
+    tiles: int,
+    *,
+    config: Path | None = None,
+    memory: str | None = None,
+    allow_pickle: bool = False,
 ) -> Verified:
     """Derive up to `tiles` tiles of a verified output again, drawn by its fingerprint.
 
@@ -47,7 +52,7 @@ def recompute(
     """
     out = verified.out
     record = read_record(out)
-    plan = _plan(out, config, memory)
+    plan = _plan(out, config, memory, allow_pickle=allow_pickle)
     elsewhere = _compare_identity(out, record, plan)
     sample = _sample(plan, tiles, record.fingerprint)
     comparison, problems = _Comparison(out, record.shards), Problems()
@@ -60,9 +65,10 @@ def recompute(
     return replace(verified, derived=derived, notes=(*verified.notes, *elsewhere))
 
 
-def _plan(out: Path, config: Path | None, memory: str | None) -> Plan:
+def _plan(out: Path, config: Path | None, memory: str | None, *, allow_pickle: bool) -> Plan:
+    recipe = config or out / RECIPE
     try:
-        return engine.plan(config or out / RECIPE, memory=memory, spill="never")
+        return engine.plan(recipe, memory=memory, spill="never", allow_pickle=allow_pickle)
     except StreammergeError as error:
         if config is not None or error.exit_code != InputMissing.exit_code:
             raise

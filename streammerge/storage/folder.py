@@ -18,6 +18,7 @@ from typing import Any
 
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
 from streammerge.storage.header import Header, read_headers
+from streammerge.storage.pickles import WAY_OUT, read_pickles
 from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
 from streammerge.storage.ties import Tie, find_tie
 from streammerge.words import FLOAT_NAMES, DType, Extent
@@ -47,6 +48,14 @@ _SAFETENSORS = _Kind(
     ".safetensors",
     re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
     read_headers,
+)
+
+_PICKLES = _Kind(
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    ".bin",
+    re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"),
+    read_pickles,
 )
 
 
@@ -95,13 +104,14 @@ class ModelFolder:
         return any(name in shard.tensors for shard in self.shards)
 
 
-def open_model(path: Path) -> ModelFolder:
+def open_model(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
     """Read the headers, the index and the config of a model folder.
 
+    `allow_pickle` takes the pickles of a folder that holds no safetensors; see `storage.pickles`.
     Raises `InputMissing` or `BadInput` for one problem, `Refused` for several, each with its file.
     """
-    names, kind = list_folder(path), _SAFETENSORS
-    _refuse_other_kinds(path, names)
+    names = list_folder(path)
+    kind = _kind(path, names, allow_pickle)
     problems, notes = Problems(), list[str]()
     config = _config(path, names, problems, notes)
     indexed = kind.index in names
@@ -112,7 +122,8 @@ def open_model(path: Path) -> ModelFolder:
     shards = _read_shards(path, kind, used, names, problems)
     if weight_map:
         _check_placement(kind, weight_map, shards, problems)
-        notes += _total_size_note(index, shards) if len(shards) == len(used) else []
+        if kind is _SAFETENSORS and len(shards) == len(used):  # pickles share bytes among tensors
+            notes += _total_size_note(index, shards)
     for shard in shards:
         _check_dtypes(shard, problems)
     problems.raise_any()
@@ -148,8 +159,8 @@ def list_folder(path: Path) -> frozenset[str]:
         raise unreadable(where, error) from error
 
 
-def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
-    """Raise when the folder is not one that holds a model's safetensors, saying what it is."""
+def _kind(path: Path, names: frozenset[str], allow_pickle: bool) -> _Kind:
+    """How the folder's weights are stored; raises when it is not one that holds a model's."""
     where, what = str(path), "is not a model in safetensors"
     if "model_index.json" in names:
         weights = {n: [path / n / file for file in (SINGLE, INDEX)] for n in sorted(names)}
@@ -157,23 +168,30 @@ def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
         found = "a diffusers pipeline" + (f" of the models {_some(parts)}" if parts else "")
         raise bad(where, what, found, _WEIGHTS, "name the folder of one of its models")
     if INDEX in names or SINGLE in names:
-        return
+        return _SAFETENSORS
+    if allow_pickle and names & {_PICKLES.single, _PICKLES.index}:
+        return _PICKLES
+    raise _another_kind(where, what, names)
+
+
+def _another_kind(where: str, what: str, names: frozenset[str]) -> StreammergeError:
+    """The error that says what a folder without a model's safetensors is instead."""
     if "adapter_config.json" in names:
         remedy = "name it under `adapters`, and the model it was trained on as `base_model`"
-        raise bad(where, what, "an adapter", _WEIGHTS, remedy)
+        return bad(where, what, "an adapter", _WEIGHTS, remedy)
     if shards := sorted(filter(_SAFETENSORS.shard.fullmatch, names)):
         remedy = "download the index, or save the model again"
         what, found = f"{INDEX} is missing", _some(shards)
-        raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
+        return InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
     if pickles := _matching(names, "pytorch_model*.bin"):
-        remedy = "convert it to safetensors; a pickle can run code and is not opened"
-        raise bad(where, what, _some(pickles), _WEIGHTS, remedy)
+        remedy = f"convert it to safetensors, as a pickle can run code; {WAY_OUT}"
+        return bad(where, what, _some(pickles), _WEIGHTS, remedy)
     if others := _matching(names, "*.safetensors", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack"):
         remedy = "use the model in the layout of transformers, or convert it to that"
-        raise bad(where, what, _some(others), _WEIGHTS, remedy)
+        return bad(where, what, _some(others), _WEIGHTS, remedy)
     found, remedy = _some(sorted(names)) or "nothing", "check the path, or download the model"
     what = "holds no model weights"
-    raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
+    return InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
 
 
 def _matching(names: Iterable[str], *patterns: str) -> list[str]:
