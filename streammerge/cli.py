@@ -206,7 +206,11 @@ def methods(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("out", type=click.Path())
-@click.option("--read-data", is_flag=True, help="Read every tensor and compare its checksum.")
+@click.option(
+    "--read-data",
+    is_flag=True,
+    help="Read every tensor and compare its checksum, or the input that it was copied from.",
+)
 @click.option(
     "--recompute",
     metavar="N",
@@ -216,11 +220,11 @@ def methods(name: str | None, as_json: bool) -> None:
 @click.option(
     "--config",
     metavar="CONFIG",
-    help="For --recompute: the recipe whose paths lead to the inputs. Without it, the output's "
-    "own, whose names are looked for in the working directory.",
+    help="The recipe whose paths lead to the inputs. Without it, the output's own, whose names are "
+    "looked for in the working directory.",
 )
-@click.option("--memory", metavar="SIZE", help="For --recompute: the most memory to use.")
-@click.option("--allow-pickle", is_flag=True, help=f"For --recompute: {PICKLE_HELP}")
+@click.option("--memory", metavar="SIZE", help="The most memory to use.")
+@click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(
     out: str,
@@ -232,8 +236,9 @@ def verify(
     as_json: bool,
 ) -> None:
     """Hold the finished output OUT to its own record, and to its inputs."""
-    if recompute is None and (config or memory or allow_pickle):
-        raise click.UsageError("--config, --memory and --allow-pickle go with --recompute")
+    if recompute is None and not read_data and (config or memory or allow_pickle):
+        what = "--config, --memory and --allow-pickle go with --recompute or --read-data"
+        raise click.UsageError(what)
     _prepare(None)
     from pathlib import Path
 
@@ -241,12 +246,12 @@ def verify(
     from streammerge.commands.verify import verify as hold_to_its_record
 
     found = hold_to_its_record(Path(out), read_data=read_data)
-    if recompute is not None:
-        from streammerge.commands.recompute import recompute as derive_again
+    if recompute is not None or (read_data and found.unsummed):
+        from streammerge.commands import recompute as again
 
-        recipe = Path(config) if config else None
-        limits: dict[str, Any] = {"memory": memory, "allow_pickle": allow_pickle}
-        found = derive_again(found, recompute, config=recipe, **limits)
+        lead = again.Lead(Path(config) if config else None, memory, allow_pickle)
+        found = again.compare_copies(found, lead) if read_data and found.unsummed else found
+        found = again.recompute(found, recompute, lead) if recompute is not None else found
     _print(json.dumps(found.as_dict()) if as_json else describe(found))
 
 
