@@ -119,6 +119,7 @@ class _Loop:
                 self._meter.count(item)
         if signal := stopped():
             self._sink.mark()
+            self._state.keep = True  # be it the statistics alone
             raise Interrupted(
                 f"stopped by {signal}",
                 where=str(self._state.path),

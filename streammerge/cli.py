@@ -21,7 +21,7 @@ from streammerge.errors import (
     StorageError,
     StreammergeError,
 )
-from streammerge.merge_options import recipe_options
+from streammerge.merge_options import PICKLE_HELP, recipe_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from streammerge.recipe import Recipe
 
 BUG = 70
+FORCE_HELP = (
+    "Replace the output that is there, and what another merge left half done. What this very merge "
+    "left half done is gone on with."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +60,7 @@ def cli() -> None:
 
 @cli.command()
 @recipe_options
-@click.option("--force", is_flag=True, help="Replace what is there of another merge.")
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.option(
     "--nan",
     type=click.Choice(["error", "keep"]),
@@ -117,13 +121,14 @@ def merge(
 @click.option("--base", metavar="DIR", required=True, help="The model that it was tuned from.")
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Of every matrix.")
 @click.option("--out", metavar="DIR", required=True, help="Where the adapter goes.")
+@click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--embeddings", is_flag=True, help="Save embeddings and head whole, as modules.")
 @click.option("--norms", is_flag=True, help="Save norms whole, as modules.")
 @click.option("--dtype", "out_dtype", metavar="NAME", help="Of the adapter; default: float32.")
 @click.option("--memory", metavar="SIZE", help="The most memory to use.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs.")
 @click.option("--seed", type=int, help="Of the random vectors that look for directions.")
-@click.option("--force", is_flag=True, help="Replace what is there of another merge.")
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: Any) -> None:
     """Write what sets the model TUNED apart from its base as a LoRA adapter.
@@ -144,7 +149,7 @@ def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: An
         from streammerge.commands.extract import recipe_of
         from streammerge.manner import Manner
 
-        limits = {name: options.pop(name) for name in ("memory", "threads")}
+        limits = {name: options.pop(name) for name in ("memory", "threads", "allow_pickle")}
         recipe = recipe_of(tuned, **options)
         with progress.reporter(quiet=False, log_format="text") as emit:
             made = engine.plan(recipe, out=out, emit=emit, **limits)
@@ -201,7 +206,11 @@ def methods(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("out", type=click.Path())
-@click.option("--read-data", is_flag=True, help="Read every tensor and compare its checksum.")
+@click.option(
+    "--read-data",
+    is_flag=True,
+    help="Read every tensor and compare its checksum, or the input that it was copied from.",
+)
 @click.option(
     "--recompute",
     metavar="N",
@@ -211,10 +220,11 @@ def methods(name: str | None, as_json: bool) -> None:
 @click.option(
     "--config",
     metavar="CONFIG",
-    help="For --recompute: the recipe whose paths lead to the inputs. Without it, the output's "
-    "own, whose names are looked for in the working directory.",
+    help="The recipe whose paths lead to the inputs. Without it, the output's own, whose names are "
+    "looked for in the working directory.",
 )
-@click.option("--memory", metavar="SIZE", help="For --recompute: the most memory to use.")
+@click.option("--memory", metavar="SIZE", help="The most memory to use.")
+@click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(
     out: str,
@@ -222,11 +232,13 @@ def verify(
     recompute: int | None,
     config: str | None,
     memory: str | None,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Hold the finished output OUT to its own record, and to its inputs."""
-    if recompute is None and (config or memory):
-        raise click.UsageError("--config and --memory go with --recompute")
+    if recompute is None and not read_data and (config or memory or allow_pickle):
+        what = "--config, --memory and --allow-pickle go with --recompute or --read-data"
+        raise click.UsageError(what)
     _prepare(None)
     from pathlib import Path
 
@@ -234,11 +246,12 @@ def verify(
     from streammerge.commands.verify import verify as hold_to_its_record
 
     found = hold_to_its_record(Path(out), read_data=read_data)
-    if recompute is not None:
-        from streammerge.commands.recompute import recompute as derive_again
+    if recompute is not None or (read_data and found.unsummed):
+        from streammerge.commands import recompute as again
 
-        recipe = Path(config) if config else None
-        found = derive_again(found, recompute, config=recipe, memory=memory)
+        lead = again.Lead(Path(config) if config else None, memory, allow_pickle)
+        found = again.compare_copies(found, lead) if read_data and found.unsummed else found
+        found = again.recompute(found, recompute, lead) if recompute is not None else found
     _print(json.dumps(found.as_dict()) if as_json else describe(found))
 
 
@@ -308,19 +321,19 @@ def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
             methods=WithOwn(CATALOGUE, (Path.cwd(),)),
             problems=problems,
         )
-    _raise_with_inputs(recipe, problems)
+    _raise_with_inputs(recipe, problems, allow_pickle=options["allow_pickle"])
     assert recipe is not None
     return _override(recipe, options)
 
 
-def _raise_with_inputs(recipe: Recipe | None, problems: Problems) -> None:
+def _raise_with_inputs(recipe: Recipe | None, problems: Problems, *, allow_pickle: bool) -> None:
     """Before giving up on a faulty recipe, look for faults of what it names, to say all at once."""
     if not len(problems):
         return
     if recipe is not None:
         from streammerge.planning.inputs import open_inputs
 
-        open_inputs(recipe, problems)
+        open_inputs(recipe, problems, allow_pickle=allow_pickle)
     problems.raise_any()
 
 
@@ -341,7 +354,7 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 def _plan(recipe: Recipe, options: dict[str, Any], emit: Any, out: Path | None) -> Plan:
     from streammerge import engine
 
-    names = ("memory", "threads", "io", "spill", "cache", "keep_cache")
+    names = ("memory", "threads", "io", "spill", "cache", "keep_cache", "allow_pickle")
     chosen = {name: options[name] for name in names}
     return engine.plan(recipe, out=out, emit=emit, **chosen)
 

@@ -50,6 +50,7 @@ def plan(
     spill: Mode = "auto",
     cache: str | Path | None = None,
     keep_cache: bool = False,
+    allow_pickle: bool = False,
     out: str | Path | None = None,
     methods: Mapping[str, MethodSpec] = CATALOGUE,
     emit: events.Emit = events.ignore,
@@ -60,7 +61,8 @@ def plan(
     the process, as bytes or as text such as `2GiB`; without it, half of what is free. `threads`
     defaults to the CPUs that the process may use. `spill` says whether rows that are wanted again
     are kept on disk: in the folder `cache`, else beside the output `out`, and there for good with
-    `keep_cache`. Raises StreammergeError, `Refused` for several problems at once.
+    `keep_cache`. `allow_pickle` reads tensors, and nothing else, from pickles of PyTorch where a
+    folder has no safetensors. Raises StreammergeError, `Refused` for several problems at once.
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
@@ -75,6 +77,7 @@ def plan(
             threads=threads or system.usable_cpus(),
             io=io,
             spill=_spill_options(recipe, config, out, spill, cache, keep=keep_cache),
+            allow_pickle=allow_pickle,
         )
     problems.raise_any()
     assert made is not None  # else there was a problem
@@ -95,6 +98,7 @@ def merge(
     spill: Mode = "auto",
     cache: str | Path | None = None,
     keep_cache: bool = False,
+    allow_pickle: bool = False,
     force: bool = False,
     strict_bytes: bool = False,
     nan: Literal["error", "keep"] = "error",
@@ -104,10 +108,11 @@ def merge(
     """Merge as the recipe says, into the folder `out`.
 
     Without `out`, the recipe's `output`, else a folder named like the recipe in the working
-    directory. `force` replaces an output of another merge, finished or not; `strict_bytes` refuses
-    to go on with one that other libraries began; `nan` says whether values that are not finite are
-    an error. The other arguments are those of `plan`; raises StreammergeError, and then the output
-    is absent, or as it was, and the same call goes on from what is done.
+    directory. `force` replaces a finished output, once the new one is complete, and what another
+    merge left half done; `strict_bytes` refuses to go on with one that other libraries began; `nan`
+    says whether values that are not finite are an error. The other arguments are those of `plan`;
+    raises StreammergeError, and then the output is absent, or as it was, and the same call goes on
+    from what is done.
     """
     made = plan(
         config,
@@ -117,6 +122,7 @@ def merge(
         spill=spill,
         cache=cache,
         keep_cache=keep_cache,
+        allow_pickle=allow_pickle,
         out=out,
         methods=methods,
         emit=emit,

@@ -16,7 +16,7 @@ def never() -> None:
 class Manner:
     """`stopped` gives the name of the signal that asked to stop, once one did."""
 
-    force: bool = False  # replace what is there of another merge, finished or not
+    force: bool = False  # replace a finished output, and what another merge left half done
     strict_bytes: bool = False  # refuse to go on with what other libraries began
     keep_nan: bool = False  # write values that are not finite
     stopped: Callable[[], str | None] = never

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+PICKLE_HELP = "Read tensors, and nothing else, from .bin files where there are no safetensors."
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -66,6 +67,7 @@ def recipe_options(command: _F) -> _F:
             show_default=True,
             help="How inputs are read; auto maps local files and reads network ones.",
         ),
+        click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP),
         click.option(
             "--shard-size", metavar="SIZE", help="Largest output file; default: as the base."
         ),

@@ -30,7 +30,7 @@ from streammerge.storage.journal import VERSION, Journal, Line, read_lines
 from streammerge.storage.rundir import RunDirectory
 from streammerge.storage.shard import is_begun
 
-_START_OVER = "--force starts over; or choose another --out"
+_DISCARD = "--force discards it; or choose another --out"
 
 
 @dataclass(slots=True)
@@ -126,15 +126,15 @@ def _unfit(
             where=where,
             found=f"a journal of format {opening['journal']}",
             expected=f"format {VERSION}",
-            remedy=f"finish it with that version; {_START_OVER}",
+            remedy=f"finish it with that version; {_DISCARD}",
         )
     differ = differences(Identity(**given), identity)
     if differ.merge:
         what, found = "another merge is half done here", "; ".join(differ.merge)
-        return OutputRefused(what, where=where, found=found, remedy=_START_OVER)
+        return OutputRefused(what, where=where, found=found, remedy=_DISCARD)
     if differ.elsewhere and manner.strict_bytes:
         what, found = "the merge was begun elsewhere", "; ".join(differ.elsewhere)
-        remedy = f"go on with it there; {_START_OVER}"
+        remedy = f"go on with it there; {_DISCARD}"
         return OutputRefused(what, where=where, found=found, remedy=remedy)
     for line in differ.elsewhere:
         text = f"the merge was begun elsewhere; its last bits may differ: {line}"

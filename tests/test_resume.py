@@ -14,7 +14,9 @@ import pytest
 
 import streammerge as sm
 from streammerge import grid
-from streammerge.errors import BadInput, OutputRefused, StorageError
+from streammerge.engine import run
+from streammerge.errors import BadInput, Interrupted, OutputRefused, StorageError
+from streammerge.manner import Manner
 from streammerge.scheduler import pieces_of
 from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.journal import Journal, read_lines
@@ -68,7 +70,12 @@ def state(out: Path) -> Path:
 
 
 def stop_after(
-    recipe: Path, out: Path, calls: int, where: tuple[type, str] = (ShardsSink, "record")
+    recipe: Path,
+    out: Path,
+    calls: int,
+    where: tuple[type, str] = (ShardsSink, "record"),
+    *,
+    force: bool = False,
 ) -> None:
     """Merge until so many calls of a method have been made; the next one does not happen."""
     kind, name = where
@@ -82,8 +89,8 @@ def stop_after(
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(kind, name, stopping)
-        sm.merge(recipe, out=out, threads=1)
-    assert not out.exists()
+        sm.merge(recipe, out=out, threads=1, force=force)
+    assert out.exists() == force  # the one that is to be replaced
 
 
 class Count:
@@ -246,6 +253,16 @@ def test_what_was_built_and_removed_by_others_is_built_anew(
     assert digest(out) == undisturbed
 
 
+def test_a_signal_before_the_first_piece_keeps_what_it_says(
+    inputs: Path, undisturbed: str, out: Path
+) -> None:
+    with pytest.raises(Interrupted, match="0 % done, and kept there"):
+        run(sm.plan(inputs / "ties.yaml"), out, Manner(stopped=lambda: "SIGTERM"))
+    assert (state(out) / "journal").exists()
+    sm.merge(inputs / "ties.yaml", out=out)
+    assert digest(out) == undisturbed
+
+
 # ------------------------------------------------------------------------------ a spoiled journal
 
 
@@ -304,37 +321,39 @@ def test_force_starts_over_with_another_recipe(inputs: Path, out: Path, tmp_path
 
 def test_force_goes_on_with_the_same_merge(inputs: Path, undisturbed: str, out: Path) -> None:
     """The same command, which replaces another's output, was stopped and is run again."""
-    sm.merge(inputs / "linear.yaml", out=out)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        record, left = ShardsSink.record, iter(range(60))
-
-        def stopping(sink: ShardsSink, receipt: object) -> None:
-            if next(left, None) is None:
-                raise Stop
-            record(sink, receipt)  # type: ignore[arg-type]
-
-        patch.setattr(ShardsSink, "record", stopping)
-        sm.merge(inputs / "ties.yaml", out=out, force=True)
+    before = digest(sm.merge(inputs / "linear.yaml", out=out).out)
+    stop_after(inputs / "ties.yaml", out, 60, force=True)
+    assert digest(out) == before
     assert sm.merge(inputs / "ties.yaml", out=out, force=True).resumed_bytes > 0
     assert digest(out) == undisturbed
 
 
+def test_force_makes_a_finished_output_anew(
+    inputs: Path, undisturbed: str, out: Path, count: Count
+) -> None:
+    for _ in range(2):
+        count.written.clear()
+        assert not sm.merge(inputs / "ties.yaml", out=out, force=True).already_done
+        assert len(count.written) == ALL
+        assert digest(out) == undisturbed
+
+
+def test_without_its_state_the_same_merge_starts_over(
+    inputs: Path, undisturbed: str, out: Path
+) -> None:
+    """As the README says."""
+    stop_after(inputs / "ties.yaml", out, 60)
+    shutil.rmtree(state(out))
+    assert sm.merge(inputs / "ties.yaml", out=out).resumed_bytes == 0
+    assert digest(out) == undisturbed
+
+
 def test_one_that_is_half_done_is_left_alone_by_the_one_that_is_finished(
-    inputs: Path, undisturbed: str, out: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, undisturbed: str, out: Path
 ) -> None:
     """It was to replace the finished output, and still can."""
     sm.merge(inputs / "linear.yaml", out=out)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        left = iter(range(60))
-        record = ShardsSink.record
-
-        def stopping(sink: ShardsSink, receipt: object) -> None:
-            if next(left, None) is None:
-                raise Stop
-            record(sink, receipt)  # type: ignore[arg-type]
-
-        patch.setattr(ShardsSink, "record", stopping)
-        sm.merge(inputs / "ties.yaml", out=out, force=True)
+    stop_after(inputs / "ties.yaml", out, 60, force=True)
     assert sm.merge(inputs / "linear.yaml", out=out).already_done
     assert sm.merge(inputs / "ties.yaml", out=out, force=True).resumed_bytes > 0
     assert digest(out) == undisturbed

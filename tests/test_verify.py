@@ -13,8 +13,8 @@ import pytest
 
 import streammerge as sm
 from streammerge import grid
-from streammerge.commands.recompute import recompute
-from streammerge.commands.verify import verify
+from streammerge.commands.recompute import Lead, compare_copies, recompute
+from streammerge.commands.verify import describe, verify
 from streammerge.errors import BadInput, InputMissing, StreammergeError
 from tests.running import digest, make_inputs, run, write_recipe
 
@@ -67,7 +67,7 @@ def flip(folder: Path, tensor: str) -> Path:
 
 
 def test_a_sound_output_passes_at_every_depth(inputs: Path, made: Path) -> None:
-    found = recompute(verify(made, read_data=True), ALL, config=inputs / "ties.yaml")
+    found = recompute(verify(made, read_data=True), ALL, Lead(inputs / "ties.yaml"))
     assert (found.shards, found.tensors) == (2, 20)
     assert (found.summed, found.unsummed) == (14, 6)
     assert found.derived == 20  # one tile each
@@ -78,7 +78,7 @@ def test_a_sample_is_no_larger_than_asked(
     inputs: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(inputs)  # where the names in the output's own recipe are found
-    assert recompute(verify(made), 7).derived == 7
+    assert recompute(verify(made), 7, Lead()).derived == 7
 
 
 def test_tiles_of_a_cut_tensor_are_derived_each_at_its_place(
@@ -86,11 +86,11 @@ def test_tiles_of_a_cut_tensor_are_derived_each_at_its_place(
 ) -> None:
     monkeypatch.setattr(grid, "TILE_ELEMENTS", 1000)
     out = sm.merge(inputs / "ties.yaml", out=tmp_path / "out").out
-    found = recompute(verify(out), ALL, config=inputs / "ties.yaml")
+    found = recompute(verify(out), ALL, Lead(inputs / "ties.yaml"))
     assert found.derived is not None and found.derived > 100
     path = flip(out, UP)
     with pytest.raises(BadInput) as caught:
-        recompute(verify(out), ALL, config=inputs / "ties.yaml")
+        recompute(verify(out), ALL, Lead(inputs / "ties.yaml"))
     assert f"{path}: {UP}, rows " in str(caught.value)
     assert "1 of " in str(caught.value.found)
 
@@ -205,13 +205,59 @@ def test_a_flipped_bit_is_found_by_reading(out: Path) -> None:
     assert "found:    crc32c" in str(caught.value)
 
 
-def test_a_flipped_bit_of_a_copied_tensor_is_found_by_its_input(inputs: Path, out: Path) -> None:
+@pytest.mark.parametrize("options", [("--read-data",), ("--recompute", ALL)])
+def test_a_flipped_bit_of_a_copied_tensor_is_found_by_its_input(
+    inputs: Path, out: Path, options: tuple[str | int, ...]
+) -> None:
     """No checksum was recorded of what the kernel copied; the input still has the bytes."""
     path = flip(out, NORM)
-    verify(out, read_data=True)
-    with pytest.raises(BadInput) as caught:
-        recompute(verify(out), ALL, config=inputs / "ties.yaml")
-    assert f"{path}: {NORM}, bytes 0 to 127: is not what the inputs give" in str(caught.value)
+    done = run("verify", out, *options, cwd=inputs)
+    assert done.returncode == 65, done.stderr
+    assert f"{path}: {NORM}, bytes 0 to 127: is not what the inputs give" in done.stderr
+
+
+def test_copies_that_equal_their_input_are_said(inputs: Path, made: Path) -> None:
+    done = run("verify", made, "--read-data", "--config", inputs / "ties.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "14 tensors read: every checksum is right" in done.stdout
+    assert "6 more were copied from an input and have its bytes" in done.stdout
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_copies_without_their_input_are_said(inputs: Path, out: Path, changed: bool) -> None:
+    """That is no fault of the output, unless a recipe was named that leads elsewhere."""
+    elsewhere = out.parent / "elsewhere"
+    elsewhere.mkdir()
+    if changed:
+        for name in ("base", "lora-0", "lora-1"):
+            shutil.copytree(inputs / name, elsewhere / name)
+        flip(elsewhere / "base", NORM)
+    done = run("verify", out, "--read-data", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    why = "other inputs" if changed else "the inputs of the output are not here"
+    assert "6 copied tensors are compared with nothing" in done.stdout and why in done.stdout
+    named = run("verify", out, "--read-data", "--config", write_recipe(elsewhere, "ties", PRUNED))
+    assert named.returncode == (65 if changed else 66)
+
+
+def test_values_that_are_not_finite_are_counted(inputs: Path, tmp_path: Path) -> None:
+    """Also where they were copied unread: what was computed is refused by the merge."""
+    own = Path(shutil.copytree(inputs, tmp_path / "own"))
+    nan = (0x7FC0).to_bytes(2, "little")
+    for path in (own / "base").glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        placed = json.loads(data[8:start]).get(NORM)
+        if placed:
+            begin = start + placed["data_offsets"][0]
+            data[begin : begin + 6] = nan + (0xFF80).to_bytes(2, "little") + b"\x7f\x7f"
+            path.write_bytes(data)
+    out = sm.merge(own / "ties.yaml", out=tmp_path / "out").out
+    found = verify(out, read_data=True)
+    assert found.not_finite == {NORM: 2}
+    assert compare_copies(found, Lead(own / "ties.yaml")).compared == 6
+    assert f"NaN or infinite: {NORM} (2)" in describe(found)
+    assert not verify(out).not_finite, "nothing was read"
 
 
 # ----------------------------------------------------------------------------- what does not fit
@@ -227,7 +273,7 @@ def test_changed_inputs_are_no_proof(inputs: Path, made: Path, tmp_path: Path) -
     changed = Path(shutil.copytree(inputs, tmp_path / "in"))
     flip(changed / "lora-1", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight")
     with pytest.raises(BadInput, match="the weights of lora-1") as caught:
-        recompute(verify(made), 1, config=changed / "ties.yaml")
+        recompute(verify(made), 1, Lead(changed / "ties.yaml"))
     assert "lora-0" not in str(caught.value)
 
 
@@ -236,7 +282,7 @@ def test_inputs_that_are_not_here_ask_for_a_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputMissing, match="--config") as caught:
-        recompute(verify(made), 1)
+        recompute(verify(made), 1, Lead())
     assert caught.value.where == str(made / "streammerge.yaml")
 
 
@@ -246,5 +292,5 @@ def test_no_output_is_exit_66(tmp_path: Path) -> None:
     assert f"{tmp_path / 'none'}: there is no such output" in done.stderr
 
 
-def test_options_that_need_recompute_are_refused_without(made: Path) -> None:
+def test_options_that_lead_to_inputs_are_refused_where_none_are_read(made: Path) -> None:
     assert run("verify", made, "--memory", "1GiB").returncode == 2

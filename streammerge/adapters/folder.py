@@ -12,7 +12,8 @@ from streammerge.adapters.config import LoraConfig, read_config
 from streammerge.adapters.faults import listed
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
 from streammerge.storage.folder import CONFIG as MODEL_CONFIG
-from streammerge.storage.header import Header, read_header
+from streammerge.storage.header import Header, read_headers
+from streammerge.storage.pickles import WAY_OUT, read_pickles
 from streammerge.storage.smallfile import unreadable
 
 CONFIG: Final = "adapter_config.json"
@@ -36,20 +37,23 @@ class AdapterFolder:
     notes: tuple[str, ...]  # one line each, for the plan
 
 
-def open_adapter(path: Path, name: str, *, assume_residual_base: bool = False) -> AdapterFolder:
+def open_adapter(
+    path: Path, name: str, *, assume_residual_base: bool = False, allow_pickle: bool = False
+) -> AdapterFolder:
     """Open an adapter's folder: its config and the header of its tensors, no tensor byte.
 
     `name` is what the recipe calls it, and `assume_residual_base` its word that the base is the one
-    which the adapter's initialisation left behind. Where the folder is the parent of one adapter,
-    as trainers and PEFT's named adapters leave it, that one is opened. Raises InputMissing when the
-    folder or one of its two files is not there, BadInput when it is no LoRA adapter, asks for more
-    than can be merged or is damaged, and Refused when several things are wrong.
+    which the adapter's initialisation left behind; `allow_pickle` takes adapter_model.bin where
+    that is all there is. Where the folder is the parent of one adapter, as trainers and PEFT's
+    named adapters leave it, that one is opened. Raises InputMissing when the folder or one of its
+    two files is not there, BadInput when it is no LoRA adapter, asks for more than can be merged or
+    is damaged, and Refused when several things are wrong.
     """
     given, path = path, find_adapter(path)
     held = _names_in(path)
     problems = Problems()
     config = read_config(path / CONFIG, problems, assume_residual_base=assume_residual_base)
-    header = _read_weights(path, held, problems)
+    header = _read_weights(path, held, problems, allow_pickle=allow_pickle)
     problems.raise_any()
     assert config is not None and header is not None  # else there was a problem
     notes = [note for field, note in _TRAINING_ONLY.items() if field in config.ignored]
@@ -93,21 +97,24 @@ def _adapters_below(path: Path, held: list[str], levels: int = 2) -> Iterator[st
             yield from (f"{name}/{below}" for below in further)
 
 
-def _read_weights(path: Path, held: list[str], problems: Problems) -> Header | None:
-    try:
-        if WEIGHTS not in held and PICKLE in held:
-            raise BadInput(
+def _read_weights(
+    path: Path, held: list[str], problems: Problems, *, allow_pickle: bool
+) -> Header | None:
+    pickled = WEIGHTS not in held and PICKLE in held
+    if pickled and not allow_pickle:
+        problems.add(
+            BadInput(
                 "the adapter is a pickle, which can run code and is not opened",
                 where=str(path),
                 found=PICKLE,
                 expected=WEIGHTS,
                 remedy="convert it where you trust it: PeftModel.from_pretrained(base, folder)"
-                ".save_pretrained(folder) writes safetensors",
+                f".save_pretrained(folder) writes safetensors; {WAY_OUT}",
             )
-        return read_header(path / WEIGHTS)
-    except StreammergeError as problem:
-        problems.add(problem)
+        )
         return None
+    read = read_pickles if pickled else read_headers
+    return next(iter(read([path / (PICKLE if pickled else WEIGHTS)], problems)), None)
 
 
 def _names_in(path: Path) -> list[str]:

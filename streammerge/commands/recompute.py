@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,35 +36,78 @@ _CHUNK_BYTES = 4 << 20
 _REMEDY = "merge again; if it stays so, check memory and disks of this machine"
 
 
-def recompute(
-    verified: Verified, tiles: int, *, config: Path | None = None, memory: str | None = None
-) -> Verified:
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """How to get at the inputs of an output, and with how much memory.
+
+    `config` is the recipe whose paths lead to them; without it the output's own, whose names are
+    looked for in the working directory.
+    """
+
+    config: Path | None = None
+    memory: str | None = None
+    allow_pickle: bool = False
+
+
+def recompute(verified: Verified, tiles: int, lead: Lead) -> Verified:
     """Derive up to `tiles` tiles of a verified output again, drawn by its fingerprint.
 
-    `config` is the recipe whose paths lead to the inputs; without it the output's own, whose names
-    are looked for in the working directory. Raises `BadInput` where inputs or recipe are not those
-    of the output, or a tile differs; every tile that does is named.
+    Raises `BadInput` where inputs or recipe are not those of the output, or a tile differs; every
+    tile that does is named.
     """
-    out = verified.out
-    record = read_record(out)
-    plan = _plan(out, config, memory)
-    elsewhere = _compare_identity(out, record, plan)
-    sample = _sample(plan, tiles, record.fingerprint)
-    comparison, problems = _Comparison(out, record.shards), Problems()
+    plan, elsewhere = _planned(verified.out, lead)
+    sample = _sample(plan, tiles, read_record(verified.out).fingerprint)
+    _hold(verified.out, plan, sample)
+    derived = sum(len(pieces) for pieces in sample.values())
+    return replace(verified, derived=derived, notes=(*verified.notes, *elsewhere))
+
+
+def compare_copies(verified: Verified, lead: Lead) -> Verified:
+    """Hold the tensors that were copied unread to the input that they were copied from.
+
+    Where the inputs are not at hand that is a note, unless a recipe was named that leads to them.
+    Raises `BadInput` where a tensor differs; every one is named.
+    """
+    try:
+        plan, _ = _planned(verified.out, lead)
+    except StreammergeError as error:
+        if lead.config:
+            raise
+        why = error.problems[0] if isinstance(error, Refused) else error
+        note = (
+            f"{verified.unsummed} copied tensors are compared with nothing: {why.what}; "
+            "--config names the recipe that leads to the inputs"
+        )
+        return replace(verified, notes=(*verified.notes, note))
+    sums = read_record(verified.out).tensors
+    pieces = {job.target.spec.name: range(pieces_of(job)) for job in plan.jobs()}
+    sample = {name: frozenset(all_of) for name, all_of in pieces.items() if sums[name] is None}
+    _hold(verified.out, plan, sample)
+    return replace(verified, compared=len(sample))
+
+
+def _planned(out: Path, lead: Lead) -> tuple[Plan, tuple[str, ...]]:
+    """The plan that the output came of, and notes where other libraries would compute it."""
+    plan = _plan(out, lead)
+    return plan, _compare_identity(out, read_record(out), plan)
+
+
+def _hold(out: Path, plan: Plan, sample: Mapping[str, frozenset[int]]) -> None:
+    """Derive pieces of tensors, and compare them with the output's."""
+    comparison, problems = _Comparison(out, read_record(out).shards), Problems()
     with plan.files, threadpool_limits(1, "blas"):
         _derive(plan, sample, comparison)
     for fault in comparison.faults:
         problems.add(fault)
     problems.raise_any()
-    derived = sum(len(pieces) for pieces in sample.values())
-    return replace(verified, derived=derived, notes=(*verified.notes, *elsewhere))
 
 
-def _plan(out: Path, config: Path | None, memory: str | None) -> Plan:
+def _plan(out: Path, lead: Lead) -> Plan:
+    recipe, pickles = lead.config or out / RECIPE, lead.allow_pickle
     try:
-        return engine.plan(config or out / RECIPE, memory=memory, spill="never")
+        return engine.plan(recipe, memory=lead.memory, spill="never", allow_pickle=pickles)
     except StreammergeError as error:
-        if config is not None or error.exit_code != InputMissing.exit_code:
+        if lead.config is not None or error.exit_code != InputMissing.exit_code:
             raise
         missing = error.problems if isinstance(error, Refused) else (error,)
         raise InputMissing(

@@ -1,20 +1,24 @@
 """Is an output what its record says, and is that what its inputs give?
 
 In three depths: the structure (headers, sizes, small files); every byte of the tensors against
-their checksums; and tiles derived again from the inputs, which is `commands.recompute`.
+their checksums, or against the input that they were copied from; and tiles derived again from the
+inputs. What needs the inputs is in `commands.recompute`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from streammerge.errors import InputMissing, Problems, StorageError, StreammergeError
+from streammerge.kernels.casts import not_finite_stored
 from streammerge.storage.checksum import checksum, combine
 from streammerge.storage.folder import open_model
 from streammerge.storage.header import Header, read_header
@@ -38,6 +42,8 @@ class Verified:
     tensors: int
     summed: int | None  # tensors whose bytes have the recorded checksum; None: not read
     unsummed: int  # tensors that were copied unread, of which no checksum is recorded
+    not_finite: Mapping[str, int]  # tensor -> values that are NaN or infinite, of those read
+    compared: int | None = None  # unsummed tensors that equal their input; None: not looked at
     derived: int | None = None  # tiles derived again from the inputs; None: not asked for
     notes: tuple[str, ...] = ()
 
@@ -49,7 +55,8 @@ class Verified:
 def verify(out: Path, *, read_data: bool = False) -> Verified:
     """Hold an output to its own record.
 
-    `read_data` reads every byte of its tensors. Raises `InputMissing` where there is no output,
+    `read_data` reads every byte of its tensors: those that were copied unread have no checksum, and
+    are for `recompute.compare_copies`. Raises `InputMissing` where there is no output,
     `BadInput` for one thing that is wrong, `Refused` for several, each with its file.
     """
     if not out.is_dir():
@@ -61,18 +68,18 @@ def verify(out: Path, *, read_data: bool = False) -> Verified:
     record = read_record(out)
     problems = Problems()
     headers = _check_structure(out, record, problems)
-    summed = 0
-    if read_data:
-        for header in headers:
-            summed += _check_data(header, record, problems)
+    data = _Data(record, problems)
+    for header in headers if read_data else ():
+        data.check(header)
     problems.raise_any()
     return Verified(
         out=out,
         shards=len(record.shards),
         files=len(record.files),
         tensors=len(record.tensors),
-        summed=summed if read_data else None,
+        summed=data.right if read_data else None,
         unsummed=sum(crc is None for crc in record.tensors.values()),
+        not_finite=data.not_finite,
     )
 
 
@@ -85,14 +92,21 @@ def describe(found: Verified) -> str:
     if found.summed is not None:
         lines.append(f"data       {found.summed} tensors read: every checksum is right")
         if found.unsummed:
-            lines.append(
-                f"           {found.unsummed} more were copied from an input unread and have none; "
-                "--recompute compares them with it"
-            )
+            equal = "have its bytes" if found.compared is not None else "have none"
+            lines.append(f"           {found.unsummed} more were copied from an input and {equal}")
     if found.derived is not None:
         lines.append(f"recompute  {found.derived} tiles derived again: equal byte for byte")
-    lines += [f"note       {note}" for note in found.notes]
+    lines += [f"note       {note}" for note in (*_about_values(found), *found.notes)]
     return "\n".join([*lines, f"output     {found.out} is what its record says"])
+
+
+def _about_values(found: Verified) -> Iterator[str]:
+    """Not what a record forbids: a base may hold such values, and tensors are copied unread."""
+    if found.not_finite:
+        first = ", ".join(f"{name} ({n})" for name, n in list(found.not_finite.items())[:3])
+        more = ", ..." * (len(found.not_finite) > 3)
+        count = len(found.not_finite)
+        yield f"{count} tensor(s) hold values that are NaN or infinite: {first}{more}"
 
 
 # ------------------------------------------------------------------------------------- structure
@@ -152,37 +166,55 @@ def _check_names(out: Path, record: Record, headers: list[Header], problems: Pro
 # ------------------------------------------------------------------------------------------ data
 
 
-def _check_data(header: Header, record: Record, problems: Problems) -> int:
-    """Read a shard; returns how many tensors have the checksum that was recorded."""
-    right = 0
-    with open_regular(header.path) as (descriptor, _):
-        whole = checksum(pread(descriptor, header.data_start, 0))
-        for name, extent in header.tensors.items():
-            crc = _crc_of(descriptor, extent)
-            whole = combine(whole, crc, extent.spec.nbytes)
-            expected = record.tensors[name]
-            if crc == expected:
-                right += 1
-            elif expected is not None:
-                what = f"the bytes of {name} are not those that were written"
-                problems.add(_other_sum(header.path, what, crc, expected))
-    stated = record.shards[os.path.basename(header.path)].crc32c
-    if stated is not None and stated != whole:
-        what = "the bytes of the file are not those that were written"
-        problems.add(_other_sum(header.path, what, whole, stated))
-    return right
+class _Data:
+    """Reads shards, and holds every tensor to the checksum that was recorded."""
+
+    def __init__(self, record: Record, problems: Problems) -> None:
+        self._record = record
+        self._problems = problems
+        self.right = 0  # tensors that have it
+        self.not_finite: dict[str, int] = {}
+
+    def check(self, header: Header) -> None:
+        with open_regular(header.path) as (descriptor, _):
+            whole = checksum(pread(descriptor, header.data_start, 0))
+            for extent in header.tensors.values():
+                crc = self._read(descriptor, extent)
+                whole = combine(whole, crc, extent.spec.nbytes)
+                self._compare(extent, crc)
+        stated = self._record.shards[os.path.basename(header.path)].crc32c
+        if stated is not None and stated != whole:
+            what = "the bytes of the file are not those that were written"
+            self._problems.add(_other_sum(header.path, what, whole, stated))
+
+    def _compare(self, extent: Extent, crc: int) -> None:
+        expected = self._record.tensors[extent.spec.name]
+        if crc == expected:
+            self.right += 1
+        elif expected is not None:
+            what = f"the bytes of {extent.spec.name} are not those that were written"
+            self._problems.add(_other_sum(extent.path, what, crc, expected))
+
+    def _read(self, descriptor: int, extent: Extent) -> int:
+        """crc32c of a tensor's bytes; values that are not finite are counted on the way."""
+        crc, spoiled, dtype = 0, 0, extent.spec.dtype
+        for chunk in _chunks(descriptor, extent):
+            crc = checksum(chunk, crc)
+            if dtype.mergeable:
+                spoiled += not_finite_stored(np.frombuffer(chunk, np.uint8), dtype)
+        if spoiled:
+            self.not_finite[extent.spec.name] = spoiled
+        return crc
 
 
-def _crc_of(descriptor: int, extent: Extent) -> int:
-    """crc32c of a tensor's bytes, a chunk at a time."""
-    crc, end = 0, extent.offset + extent.spec.nbytes
+def _chunks(descriptor: int, extent: Extent) -> Iterator[bytes]:
+    end = extent.offset + extent.spec.nbytes
     for start in range(extent.offset, end, _CHUNK_BYTES):
         length = min(_CHUNK_BYTES, end - start)
         data = pread(descriptor, length, start)
         if len(data) < length:
             raise StorageError("became shorter while it was read", where=extent.path)
-        crc = checksum(data, crc)
-    return crc
+        yield data
 
 
 def _other_sum(where: str, what: str, found: int, expected: int) -> StreammergeError:

@@ -57,6 +57,14 @@ def not_finite(rows: Rows) -> int:
     return int(cpu.count_not_finite(rows.reshape(-1)))
 
 
+def not_finite_stored(stored: RawBytes, dtype: DType) -> int:
+    """How many stored elements `[n * itemsize]` of a float type are NaN or infinite."""
+    elements = stored.view(CARRIER[dtype])
+    if dtype is DType.BF16:
+        return int(np.count_nonzero(elements & 0x7F80 == 0x7F80))  # all bits of the exponent
+    return int(np.count_nonzero(~np.isfinite(elements)))
+
+
 def round_to(rows: Rows, dtype: DType, scratch: Scratch) -> None:
     """Rows as they will be stored, still as float32; an overflow is found when they are."""
     if dtype not in (DType.F32, DType.F64):

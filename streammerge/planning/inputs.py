@@ -71,9 +71,10 @@ class Inputs:
 class _Opener:
     """Opens each folder once, and keeps what went wrong."""
 
-    def __init__(self, recipe: Recipe, problems: Problems) -> None:
+    def __init__(self, recipe: Recipe, problems: Problems, *, allow_pickle: bool) -> None:
         self._places: Sequence[Path] = (recipe.folder, Path.cwd())
         self._problems = problems
+        self._allow_pickle = allow_pickle
         self._models: dict[str, ModelFolder | None] = {}
 
     def path(self, reference: Reference) -> Path | None:
@@ -86,7 +87,8 @@ class _Opener:
             return None
         key = os.path.realpath(path)
         if key not in self._models:
-            self._models[key] = self._try(lambda: open_model(path), reference)
+            opened = lambda: open_model(path, allow_pickle=self._allow_pickle)  # noqa: E731
+            self._models[key] = self._try(opened, reference)
         return self._models[key]
 
     def adapter(self, entry: Entry, model: ModelFolder | None) -> ResolvedAdapter | None:
@@ -94,8 +96,10 @@ class _Opener:
         path = self.path(entry.adapter)
         if path is None:
             return None
-        residual = entry.assume_residual_base
-        opened = lambda: open_adapter(path, entry.name, assume_residual_base=residual)  # noqa: E731
+        residual, allow_pickle = entry.assume_residual_base, self._allow_pickle
+        opened = lambda: open_adapter(  # noqa: E731
+            path, entry.name, assume_residual_base=residual, allow_pickle=allow_pickle
+        )
         folder = self._try(opened, entry.adapter)
         if folder is None or model is None:
             return None
@@ -111,9 +115,9 @@ class _Opener:
             return None
 
 
-def open_inputs(recipe: Recipe, problems: Problems) -> Inputs | None:
+def open_inputs(recipe: Recipe, problems: Problems, *, allow_pickle: bool = False) -> Inputs | None:
     """Open everything that the recipe names; None when something could not be opened."""
-    opener = _Opener(recipe, problems)
+    opener = _Opener(recipe, problems, allow_pickle=allow_pickle)
     before = len(problems)
     base = opener.model(recipe.base) if recipe.base else None
     models = []

@@ -143,13 +143,14 @@ def make_plan(
     threads: int,
     io: Io,
     spill: SpillOptions,
+    allow_pickle: bool = False,
 ) -> Plan | None:
     """Open the inputs' headers, check them, and decide; None when there are problems.
 
     `budget_bytes` bounds the peak resident memory of the whole process. A merge that cannot fit is
     one of the problems (BudgetError).
     """
-    inputs = open_inputs(recipe, problems)
+    inputs = open_inputs(recipe, problems, allow_pickle=allow_pickle)
     if inputs is None:
         return None
     notes = check_models(inputs, problems)

@@ -10,14 +10,15 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
-from streammerge.storage.header import Header, read_header
+from streammerge.storage.header import Header, read_headers
+from streammerge.storage.pickles import WAY_OUT, read_pickles
 from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
 from streammerge.storage.ties import Tie, find_tie
 from streammerge.words import FLOAT_NAMES, DType, Extent
@@ -26,9 +27,36 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = f"{SINGLE}, or {INDEX} and its shards"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_SAFE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,240}\.safetensors")
+_SAFE_STEM = re.compile(r"[^/\\\x00-\x1f\x7f]{1,240}")
 _REINDEX = "download the folder again, or save the model again so that index and shards agree"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A way to store a model's weights: what its files are called, and who reads their headers."""
+
+    single: str  # alone, or else the shards that the index lists
+    index: str
+    suffix: str
+    shard: re.Pattern[str]  # their usual names
+    read: Callable[[Sequence[Path], Problems], list[Header]]
+
+
+_SAFETENSORS = _Kind(
+    SINGLE,
+    INDEX,
+    ".safetensors",
+    re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
+    read_headers,
+)
+
+_PICKLES = _Kind(
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    ".bin",
+    re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"),
+    read_pickles,
+)
 
 
 class FolderTensors(Mapping[str, Extent]):
@@ -76,23 +104,26 @@ class ModelFolder:
         return any(name in shard.tensors for shard in self.shards)
 
 
-def open_model(path: Path) -> ModelFolder:
+def open_model(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
     """Read the headers, the index and the config of a model folder.
 
+    `allow_pickle` takes the pickles of a folder that holds no safetensors; see `storage.pickles`.
     Raises `InputMissing` or `BadInput` for one problem, `Refused` for several, each with its file.
     """
     names = list_folder(path)
-    _refuse_other_kinds(path, names)
+    kind = _kind(path, names, allow_pickle)
     problems, notes = Problems(), list[str]()
     config = _config(path, names, problems, notes)
-    index, weight_map = _index(path, problems) if INDEX in names else ({}, {})
-    used = sorted(set(weight_map.values())) if INDEX in names else [SINGLE]
+    indexed = kind.index in names
+    index, weight_map = _index(path, kind, problems) if indexed else ({}, {})
+    used = sorted(set(weight_map.values())) if indexed else [kind.single]
     if used:
-        _check_leftovers(path, names - set(used), problems, notes)
-    shards = _read_headers(path, used, names, problems)
+        _check_leftovers(path, kind, names - set(used), problems, notes)
+    shards = _read_shards(path, kind, used, names, problems)
     if weight_map:
-        _check_placement(weight_map, shards, problems)
-        notes += _total_size_note(index, shards) if len(shards) == len(used) else []
+        _check_placement(kind, weight_map, shards, problems)
+        if kind is _SAFETENSORS and len(shards) == len(used):  # pickles share bytes among tensors
+            notes += _total_size_note(index, shards)
     for shard in shards:
         _check_dtypes(shard, problems)
     problems.raise_any()
@@ -128,8 +159,8 @@ def list_folder(path: Path) -> frozenset[str]:
         raise unreadable(where, error) from error
 
 
-def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
-    """Raise when the folder is not one that holds a model's safetensors, saying what it is."""
+def _kind(path: Path, names: frozenset[str], allow_pickle: bool) -> _Kind:
+    """How the folder's weights are stored; raises when it is not one that holds a model's."""
     where, what = str(path), "is not a model in safetensors"
     if "model_index.json" in names:
         weights = {n: [path / n / file for file in (SINGLE, INDEX)] for n in sorted(names)}
@@ -137,23 +168,30 @@ def _refuse_other_kinds(path: Path, names: frozenset[str]) -> None:
         found = "a diffusers pipeline" + (f" of the models {_some(parts)}" if parts else "")
         raise bad(where, what, found, _WEIGHTS, "name the folder of one of its models")
     if INDEX in names or SINGLE in names:
-        return
+        return _SAFETENSORS
+    if allow_pickle and names & {_PICKLES.single, _PICKLES.index}:
+        return _PICKLES
+    raise _another_kind(where, what, names)
+
+
+def _another_kind(where: str, what: str, names: frozenset[str]) -> StreammergeError:
+    """The error that says what a folder without a model's safetensors is instead."""
     if "adapter_config.json" in names:
         remedy = "name it under `adapters`, and the model it was trained on as `base_model`"
-        raise bad(where, what, "an adapter", _WEIGHTS, remedy)
-    if shards := sorted(filter(_SHARD.fullmatch, names)):
+        return bad(where, what, "an adapter", _WEIGHTS, remedy)
+    if shards := sorted(filter(_SAFETENSORS.shard.fullmatch, names)):
         remedy = "download the index, or save the model again"
         what, found = f"{INDEX} is missing", _some(shards)
-        raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
+        return InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
     if pickles := _matching(names, "pytorch_model*.bin"):
-        remedy = "convert it to safetensors; a pickle can run code and is not opened"
-        raise bad(where, what, _some(pickles), _WEIGHTS, remedy)
+        remedy = f"convert it to safetensors, as a pickle can run code; {WAY_OUT}"
+        return bad(where, what, _some(pickles), _WEIGHTS, remedy)
     if others := _matching(names, "*.safetensors", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack"):
         remedy = "use the model in the layout of transformers, or convert it to that"
-        raise bad(where, what, _some(others), _WEIGHTS, remedy)
+        return bad(where, what, _some(others), _WEIGHTS, remedy)
     found, remedy = _some(sorted(names)) or "nothing", "check the path, or download the model"
     what = "holds no model weights"
-    raise InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
+    return InputMissing(what, where=where, found=found, expected=_WEIGHTS, remedy=remedy)
 
 
 def _matching(names: Iterable[str], *patterns: str) -> list[str]:
@@ -236,11 +274,11 @@ def output_config(
 # ------------------------------------------------------------------------------ index and shards
 
 
-def _index(path: Path, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
+def _index(path: Path, kind: _Kind, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
     """The index and its weight_map; the map is empty when it is not fit to be followed."""
-    where, what = str(path / INDEX), "weight_map names no file of the folder"
+    where, what = str(path / kind.index), "weight_map names no file of the folder"
     try:
-        index = _read_json(path / INDEX)
+        index = _read_json(path / kind.index)
     except StreammergeError as error:
         problems.add(error)
         return {}, {}
@@ -250,49 +288,46 @@ def _index(path: Path, problems: Problems) -> tuple[dict[str, Any], dict[str, st
         problems.add(bad(where, "weight_map is malformed", show(weight_map), expected, REPAIR))
         return index, {}
     # Names are checked as text alone: the files of a hub cache are links that leave the folder.
-    unsafe = {show(v) for v in weight_map.values() if not _is_safe_name(v)}
+    unsafe = {show(v) for v in weight_map.values() if not _is_safe_name(v, kind.suffix)}
     for found in sorted(unsafe):
-        expected = "a name that ends in .safetensors, without folders"
+        expected = f"a name that ends in {kind.suffix}, without folders"
         problems.add(bad(where, what, found, expected, REPAIR))
     return index, {} if unsafe else weight_map
 
 
-def _is_safe_name(value: object) -> bool:
-    return isinstance(value, str) and _SAFE_NAME.fullmatch(value) is not None
+def _is_safe_name(value: object, suffix: str) -> bool:
+    if not isinstance(value, str) or not value.endswith(suffix):
+        return False
+    return _SAFE_STEM.fullmatch(value.removesuffix(suffix)) is not None
 
 
 def _check_leftovers(
-    path: Path, unused: frozenset[str], problems: Problems, notes: list[str]
+    path: Path, kind: _Kind, unused: frozenset[str], problems: Problems, notes: list[str]
 ) -> None:
     """Other weights of a model are refused: which of the two is meant? Anything else is noted."""
-    files = _matching(unused, "*.safetensors")
-    models = [name for name in files if name == SINGLE or _SHARD.fullmatch(name)]
+    files = _matching(unused, f"*{kind.suffix}")
+    models = [name for name in files if name == kind.single or kind.shard.fullmatch(name)]
     for name in models:
         what, found = "does not belong to the model here", "weights of two models in one folder"
-        expected = f"{SINGLE} alone, or the shards that {INDEX} lists"
+        expected = f"{kind.single} alone, or the shards that {kind.index} lists"
         remedy = "remove what is left of the other model"
         problems.add(bad(str(path / name), what, found, expected, remedy))
     if others := [name for name in files if name not in models]:
         notes.append(f"not read: {_some(others)}")
 
 
-def _read_headers(
-    path: Path, files: Sequence[str], names: frozenset[str], problems: Problems
+def _read_shards(
+    path: Path, kind: _Kind, files: Sequence[str], names: frozenset[str], problems: Problems
 ) -> list[Header]:
-    shards = []
+    what, remedy = f"is listed in {kind.index} and not there", "download the folder again"
     for file in files:
-        try:
-            if file not in names:
-                what, remedy = f"is listed in {INDEX} and not there", "download the folder again"
-                raise InputMissing(what, where=str(path / file), remedy=remedy)
-            shards.append(read_header(path / file))
-        except StreammergeError as error:
-            problems.add(error)
-    return shards
+        if file not in names:
+            problems.add(InputMissing(what, where=str(path / file), remedy=remedy))
+    return kind.read([path / file for file in files if file in names], problems)
 
 
 def _check_placement(
-    weight_map: Mapping[str, str], shards: Sequence[Header], problems: Problems
+    kind: _Kind, weight_map: Mapping[str, str], shards: Sequence[Header], problems: Problems
 ) -> None:
     """Each tensor must be in the shard that the index says, in no other, and be listed."""
     counts = Counter(name for shard in shards for name in shard.tensors)
@@ -303,10 +338,12 @@ def _check_placement(
         file, held = os.path.basename(shard.path), shard.tensors
         wrong = {
             "holds tensors that another shard holds too": [n for n in held if counts[n] > 1],
-            f"holds tensors that {INDEX} does not place there": [
+            f"holds tensors that {kind.index} does not place there": [
                 n for n in held if counts[n] == 1 and weight_map.get(n) != file
             ],
-            f"lacks tensors that {INDEX} places there": [n for n in placed[file] if n not in held],
+            f"lacks tensors that {kind.index} places there": [
+                n for n in placed[file] if n not in held
+            ],
         }
         for what, names in wrong.items():
             if names:

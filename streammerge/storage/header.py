@@ -13,11 +13,12 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from streammerge.errors import Problems, StreammergeError
 from streammerge.storage.smallfile import AGAIN, LIMIT, bad, open_regular, parse_json, pread, show
 from streammerge.words import DType, Extent, TensorSpec
 
@@ -118,8 +119,7 @@ def read_header(path: Path | str) -> Header:
     document = parse_json(raw[LENGTH_BYTES:], where, "the header", AGAIN)
     metadata = _metadata(where, document.pop("__metadata__", {}))
     data_bytes = stamp.st_size - data_start
-    entries = [_entry(where, name, info, data_bytes) for name, info in document.items()]
-    entries.sort(key=lambda entry: entry[:2])
+    entries = checked_entries(where, document, data_bytes)
     _check_cover(where, entries, data_bytes)
     return Header(
         path=where,
@@ -132,6 +132,27 @@ def read_header(path: Path | str) -> Header:
         metadata=metadata,
         digest=hashlib.sha256(raw).hexdigest(),
     )
+
+
+def read_headers(paths: Iterable[Path | str], problems: Problems) -> list[Header]:
+    """The headers of those files that are sound; what is wrong with the others is a problem."""
+    found = []
+    for path in paths:
+        try:
+            found.append(read_header(path))
+        except StreammergeError as error:
+            problems.add(error)
+    return found
+
+
+def checked_entries(where: str, document: Mapping[str, Any], data_bytes: int) -> list[Entry]:
+    """Tensors as the header of `where` declares them, in file order; each lies within the data.
+
+    Raises `BadInput` for the first that cannot be.
+    """
+    entries = [_entry(where, name, info, data_bytes) for name, info in document.items()]
+    entries.sort(key=lambda entry: entry[:2])
+    return entries
 
 
 # ---------------------------------------------------------------------------------- the framing

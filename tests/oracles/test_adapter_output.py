@@ -12,7 +12,7 @@ from peft_models import Shelf, load, make_gpt2, make_llama
 from test_logits import CONV1D, LINEARS, MEMORY, TIGHT, logits
 
 import streammerge as sm
-from streammerge.commands.recompute import recompute
+from streammerge.commands.recompute import Lead, recompute
 from streammerge.commands.verify import verify
 from streammerge.errors import BadInput, ConfigError, Refused
 from streammerge.storage.record import read_record
@@ -152,7 +152,7 @@ def test_an_adapter_is_verified_and_derived_again(shelf: Shelf, tmp_path: Path) 
     keys = {"space": "core", "output": {"kind": "adapter", "rank": 4}, "out_dtype": "bfloat16"}
     merge(tmp_path, "ties", base, adapters, "out", **keys)
     found = verify(tmp_path / "out", read_data=True)
-    assert recompute(found, 7, config=tmp_path / "out.yaml", memory=MEMORY).derived == 7
+    assert recompute(found, 7, Lead(tmp_path / "out.yaml", MEMORY)).derived == 7
     again = merge(tmp_path, "ties", base, adapters, "out", **keys)
     assert again.already_done
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streammerge.kernels import Cut, elect, multiply, narrow, trim, widen
-from streammerge.kernels.casts import not_finite
+from streammerge.kernels.casts import not_finite, not_finite_stored
 from streammerge.kernels.norms import norms_of_rows, squares_of_columns
 from streammerge.kernels.product import gram, squared_norms
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, count_and_collect, keys
@@ -165,6 +165,19 @@ def test_widening_takes_odd_offsets_and_read_only_bytes(dtype: DType) -> None:
 def test_not_finite_counts_nan_and_both_infinities() -> None:
     rows = np.array([[1, np.nan, np.inf], [-np.inf, 0, 3.4e38]], np.float32)
     assert not_finite(rows) == 3
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32, DType.F64])
+def test_stored_values_that_are_not_finite_are_counted(dtype: DType) -> None:
+    """All bit patterns of the highest two bytes, held to what Python says of the value."""
+    stored = np.zeros((1 << 16, dtype.itemsize), np.uint8)
+    stored[:, -2:] = np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    form = {DType.F16: "<e", DType.F64: "<d"}.get(dtype, "<f")
+    low = bytes(2) if dtype is DType.BF16 else b""
+    values = [struct.unpack(form, low + row.tobytes())[0] for row in stored]
+    expected = sum(not math.isfinite(value) for value in values)
+    assert expected > 10
+    assert not_finite_stored(stored.reshape(-1), dtype) == expected
 
 
 # ------------------------------------------------------------------------------------ pruning
