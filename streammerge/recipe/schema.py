@@ -107,7 +107,9 @@ class RecipeShape(Shape):
     output: Text | dict[str, Any] | None = Field(
         None, description="a path, or a mapping {path, kind, rank, save, shard_size}"
     )
-    space: Literal["full", "core"] | None = Field(None, description="full or core")
+    space: Literal["full", "core", "compressed"] | None = Field(
+        None, description="full, core or compressed"
+    )
     isotropize: bool | None = Field(None, description="true or false")
     name: Text | None = Field(None, description="text")
 

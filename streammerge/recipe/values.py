@@ -68,7 +68,7 @@ class Recipe:
     kind: Literal["model", "adapter"]
     rank: int | None
     saved: tuple[Literal["embeddings", "norms"], ...] | None
-    space: Literal["full", "core"]
-    isotropize: bool  # in core space: the merged singular values become their mean
+    space: Literal["full", "core", "compressed"]  # compressed: in `rank` shared directions
+    isotropize: bool  # not in full space: the merged singular values become their mean
     folder: Path
     warnings: tuple[str, ...] = field(compare=False)

@@ -297,6 +297,14 @@ def test_isotropize_without_core_space() -> None:
     assert_says(problem, 3, 1, "isotropize needs core space", "space: core")
 
 
+@pytest.mark.parametrize(
+    ("output", "lacks"), [("", "kind: adapter and a rank"), ("output: {kind: adapter}", "a rank")]
+)
+def test_compressed_space_without_a_rank(output: str, lacks: str) -> None:
+    problem = only(f"{LINEAR}models: [{{model: a}}]\nspace: compressed\n{output}")
+    assert_says(problem, 3, 8, f"without {lacks} under `output`", "rank: 32")
+
+
 @pytest.mark.parametrize("text", ["a+b+c", "a@b@c", "+b", "a+", "a@", "@r", "a@r+b@"])
 def test_references_that_are_not_clear(text: str) -> None:
     assert_says(only(f"{LINEAR}models: [{{model: {text!r}}}]"), 2, 18, text, "lora")
