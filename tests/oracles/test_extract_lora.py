@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from peft_models import Shelf, load, make_llama
+from peft_models import Shelf, load, make_gpt2, make_llama
 from test_adapter_output import beside, distance, llama, merge
-from test_logits import MEMORY, TIGHT, logits
+from test_logits import CONV1D, MEMORY, TIGHT, logits
 
 import streammerge as sm
 from streammerge.commands.extract import recipe_of
@@ -75,6 +75,40 @@ def test_the_error_is_nearly_the_least_of_that_rank_and_is_reported(
         assert best * 0.999 <= one.missed <= 1.1 * best
         assert one.update == pytest.approx(np.linalg.norm(delta), rel=1e-4)
     assert json.loads(done.stdout)["missed"].keys() == record.approximations.keys()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_models_are_read_once_for_both_factors(
+    shelf: Shelf, tmp_path: Path, threads: int
+) -> None:
+    """As often as the plan says: two looks for directions, and one along them."""
+    base = shelf.get("llama", make_llama)
+    other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
+    recipe = recipe_of(str(other), base=str(base), rank=5)
+    plan = sm.plan(recipe, memory=MEMORY, threads=threads)
+    matrices = sum(v.nbytes for n, v in load(base).state_dict().items() if "proj" in n)
+    assert plan.demand.read_bytes == 3 * 2 * matrices
+    report = sm.merge(recipe, out=tmp_path / "out", memory=MEMORY, threads=threads)
+    assert report.read_bytes == plan.demand.read_bytes
+
+
+def test_layers_that_store_their_weights_turned(shelf: Shelf, tmp_path: Path) -> None:
+    """GPT-2's Conv1D, of shapes that are not square; PEFT turns the product of the factors."""
+    import torch
+
+    base = shelf.get("gpt2", make_gpt2, tied=False)
+    model = load(base)
+    draw = torch.Generator().manual_seed(9)
+    for name, weight in model.named_parameters():
+        if name.endswith(tuple(f"{layer}.weight" for layer in CONV1D)):
+            left = torch.randn(weight.shape[0], RANK, generator=draw)
+            weight.data += 0.05 * left @ torch.randn(RANK, weight.shape[1], generator=draw)
+    model.save_pretrained(tmp_path / "tuned")
+    recipe = recipe_of(str(tmp_path / "tuned"), base=str(base), rank=RANK)
+    report = sm.merge(recipe, out=tmp_path / "out", memory=MEMORY)
+    assert max(one.relative for one in report.missed.values()) < 1e-5
+    assert distance(beside(base, tmp_path / "out"), logits(model)) < 10 * TIGHT
+    assert distance(logits(load(base)), logits(model)) > 100 * TIGHT
 
 
 def test_a_vote_in_full_space_as_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
