@@ -109,11 +109,12 @@ class Fitting:
         if why is not None:
             found = reason if reason == why else f"{reason}; {why}"
             self._refuse("the merge cannot be written as an adapter", f"{some(names)}: {found}")
-        elif self._recipe.rank is None:
+        elif self._recipe.rank is None and self._recipe.missed_share is None:
             self._refuse(
                 "an adapter of updates of full rank needs a rank",
                 f"{some(names)}: {reason}",
-                "say under `output` how much they get, such as `rank: 32`",
+                "say under `output` how much they get, such as `rank: 32`, or what they may miss, "
+                "such as `error: 0.1`",
             )
 
     def _refuse(

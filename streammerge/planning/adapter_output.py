@@ -7,7 +7,7 @@ An update of a tensor becomes factors A `[rank, in]` and B `[out, rank]` with a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,14 +49,30 @@ class Factored:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def of_rank(self, rank: int) -> Factored:
+        """The same of another rank."""
+        a = replace(self.a, shape=(rank, *self.a.shape[1:]))
+        b = replace(self.b, shape=(self.b.shape[0], rank, *self.b.shape[2:]))
+        return replace(self, a=a, b=b)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterOutput:
-    """Everything that the file of an adapter will hold."""
+    """Everything that the file of an adapter will hold.
+
+    With a `missed_share`, factors are cut to the least rank that misses no more of the squared norm
+    of the update: ranks are then the most that there may be, and the file is written twice.
+    """
 
     factored: tuple[Factored, ...]
     whole: dict[str, TensorSpec]  # the base's tensor -> what is saved in its place
     seed: int
+    missed_share: float | None = None
+
+    def of_ranks(self, ranks: Mapping[str, int]) -> AdapterOutput:
+        """With the factors of some of the base's tensors cut to a rank."""
+        cut = (one.of_rank(ranks.get(one.tensor, one.rank)) for one in self.factored)
+        return replace(self, factored=tuple(cut))
 
     def layout(self) -> ShardLayout:
         factors = [spec for one in self.factored for spec in (one.a, one.b)]
@@ -127,7 +143,7 @@ def adapter_output(recipe: Recipe, inputs: Inputs, outline: Outline, fit: Fit) -
         factored.append(_factored(spec, place, rank, dtype, sketched=name in fit.sketched))
     specs = {n: output_spec(inputs.donor.tensors[n].spec, outline, dtype) for n in fit.whole}
     whole = {n: replace(spec, name=_PREFIX + n) for n, spec in specs.items()}
-    return AdapterOutput(tuple(factored), whole, recipe.seed)
+    return AdapterOutput(tuple(factored), whole, recipe.seed, recipe.missed_share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Pairs:
         self._core = recipe.space != "full" or recipe.method.space == "cores"
         self._on_deltas = recipe.method.on_deltas(has_base=recipe.base is not None)
         self._isotropize = recipe.isotropize
+        self._by_strength = recipe.missed_share is not None
         self._compress_to = recipe.rank if recipe.space == "compressed" else None
         self._files = files
 
@@ -47,13 +48,15 @@ class Pairs:
     def of_rank(self, tensor: str, parts: Parts, rank: int, dtype: DType, *, turned: bool) -> Pair:
         """The merged update of a tensor, or of its transpose, as factors of so much rank.
 
-        A weighted sum that fits in float32 stays as it is, factor beside factor.
+        A weighted sum that fits in float32 stays as it is, factor beside factor, unless those that
+        matter least are to be left out.
         """
         updates, combine = low_rank(parts.base, parts.models), self._combine(tensor, parts)
         if updates is None or isinstance(combine, str):
             raise TypeError(f"{tensor} has no update of low rank, which the plan should have said")
         updates = updates.turned() if turned else updates
-        if isinstance(combine, Weighted) and rank == updates.rank and dtype is DType.F32:
+        exact = rank == updates.rank and dtype is DType.F32 and not self._by_strength
+        if isinstance(combine, Weighted) and exact:
             return Stacked(self._files, updates, combine.factors)
         combine = Turned(combine) if turned else combine
         return Mixed(self._files, updates, combine, rank=rank, dtype=dtype)

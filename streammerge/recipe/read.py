@@ -105,6 +105,8 @@ class _Reading:
             shard_bytes=shard_bytes,
             kind=output.kind,
             rank=output.rank,
+            energy=output.energy,
+            error=output.error,
             saved=None if output.save is None else tuple(output.save),
             space=self._shape.space or "full",
             isotropize=self._shape.isotropize or False,
@@ -227,7 +229,16 @@ class _Reading:
         output = shaped(OutputShape, self._document, ("output",), self._problems)
         if output is None:
             return OutputShape.model_validate({}), None
-        unfit = ("shard_size",) if output.kind == "adapter" else ("rank", "save")
+        unfit = (
+            ("shard_size",)
+            if output.kind == "adapter"
+            else (
+                "rank",
+                "energy",
+                "error",
+                "save",
+            )
+        )
         wrong = [key for key in unfit if getattr(output, key) is not None]
         for key in wrong:
             self._problems.add(self._unfit(key, output.kind))

@@ -156,6 +156,25 @@ def test_a_lower_rank_misses_what_it_says(shelf: Shelf, tmp_path: Path) -> None:
         assert missed == pytest.approx(one.missed / one.update, rel=1e-3, abs=1e-6)
 
 
+def test_a_sum_is_cut_to_what_matters(shelf: Shelf, tmp_path: Path) -> None:
+    """Of factors, which are exact: the rank is that of the dense sum's singular values."""
+    base, adapters = llama(shelf)
+    output = {"kind": "adapter", "error": 0.3}
+    merge(tmp_path, "task_arithmetic", base, adapters, "out", output=output)
+    record, found = read_record(tmp_path / "out"), updates(tmp_path / "out")
+    one, two = (updates(adapter) for adapter in adapters)
+    for module, update in found.items():
+        total = 0.7 * one.get(module, 0.0) + 0.4 * two.get(module, 0.0)
+        values = np.linalg.svd(total, compute_uv=False) ** 2
+        tails = values.sum() - values.cumsum()
+        rank = int(np.flatnonzero(tails <= 0.09 * values.sum())[0]) + 1
+        told = record.approximations[f"{module}.weight"]
+        assert told.rank == rank
+        np.testing.assert_allclose(update, low_rank.nearest(total, rank), atol=1e-6)
+        floor = 1e-6 * told.update
+        assert told.missed == pytest.approx(max(tails[rank - 1], 0.0) ** 0.5, rel=1e-3, abs=floor)
+
+
 def test_compressed_first_is_the_dense_formula(shelf: Shelf, tmp_path: Path) -> None:
     """Of each module that both adapt, from their factors as they are stored."""
     base, adapters = llama(shelf)

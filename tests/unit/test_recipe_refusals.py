@@ -285,6 +285,9 @@ def test_a_number_that_is_not_whole(value: str) -> None:
         ("{rank: 8}", 10, ("output.rank does not go with kind: model", "kind: adapter")),
         ("{kind: adapter, shard_size: 1GB}", 25, ("output.shard_size does not go with",)),
         ("{kind: adapter, rank: 0}", 31, ("output.rank is not valid", "at least 1")),
+        ("{kind: adapter, energy: 1}", 33, ("output.energy is not valid", "below 1")),
+        ("{kind: adapter, error: 0}", 32, ("output.error is not valid", "above 0")),
+        ("{error: 0.1}", 10, ("output.error does not go with kind: model", "kind: adapter")),
         ("{kind: lora}", 16, ("output.kind is not valid", "model or adapter")),
     ],
 )
