@@ -36,7 +36,7 @@ FLOORS = (
     {"recipe", "methods", "adapters", "sources", "sinks"},
     {"planning"},
     {"scheduler", "report"},
-    {"publication", "resume", "spoils"},
+    {"publication", "resume", "spoils", "trimming"},
     {"work"},
     {"building"},
     {"engine"},

@@ -14,7 +14,7 @@ from streammerge.manner import Manner
 from streammerge.planning import CopyJob, Job, MergeJob, Plan
 from streammerge.planning.fingerprint import Identity
 from streammerge.publication import built_files, there_already, write_companions
-from streammerge.report import Changes
+from streammerge.report import Changes, Written
 from streammerge.resume import (
     Earlier,
     Survey,
@@ -30,6 +30,7 @@ from streammerge.sizes import format_size
 from streammerge.statistics.saved import saved
 from streammerge.storage.journal import Journal
 from streammerge.storage.rundir import RunDirectory
+from streammerge.trimming import trim, unmet
 from streammerge.work import Worker
 
 PROGRESS_SECONDS = 0.2
@@ -63,8 +64,10 @@ def _fill(
     manner: Manner,
 ) -> int:
     """Everything that is to be published, durable; returns the bytes that were done already."""
+    if plan.trims:
+        state.write_apart()
     begun = sound_shards(state, plan, journal, found) if found else set()
-    with ShardsSink(state.output, plan.layouts, journal, begun) as sink:
+    with ShardsSink(state.shards, plan.layouts, journal, begun) as sink:
         earlier = go_on(state, found, sink, changes) if found else Earlier()
         if earlier.nbytes:
             size = format_size(earlier.nbytes)
@@ -74,7 +77,12 @@ def _fill(
         sink.commit()
     if lost := plan.store.lost_chunks:
         manner.emit(events.Warned(f"{lost} spilled tiles were removed by others and made again"))
-    write_companions(plan, state.output, identity, sink, changes)
+    written = Written(plan.layouts, sink.sums, plan.adapter, changes.missed())
+    if plan.trims:
+        written = trim(written, state)
+        for line in unmet(written):
+            manner.emit(events.Warned(line))
+    write_companions(plan, state.output, identity, written, changes)
     journal.append([{"built": built_files(state.output)}])
     journal.sync()
     return earlier.nbytes

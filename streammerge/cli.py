@@ -119,7 +119,19 @@ def merge(
 @cli.command("extract-lora")
 @click.argument("tuned", type=click.Path())
 @click.option("--base", metavar="DIR", required=True, help="The model that it was tuned from.")
-@click.option("--rank", type=click.IntRange(min=1), required=True, help="Of every matrix.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of every matrix; the most it may have.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Give each matrix the least rank that keeps this share of its squared norm, e.g. 0.95.",
+)
+@click.option(
+    "--error",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Give each matrix the least rank that misses no more of its norm, e.g. 0.05.",
+)
 @click.option("--out", metavar="DIR", required=True, help="Where the adapter goes.")
 @click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--embeddings", is_flag=True, help="Save embeddings and head whole, as modules.")
@@ -138,7 +150,10 @@ def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: An
 
     \b
         streammerge extract-lora ./tuned --base ./llama --rank 32 --out ./adapter
+        streammerge extract-lora ./tuned --base ./llama --error 0.1 --rank 128 --out ./adapter
     """
+    if all(options[name] is None for name in ("rank", "energy", "error")):
+        raise click.UsageError("Missing one of '--rank', '--energy' and '--error'.")
     from streammerge.signals import Signals
 
     with Signals(_same_command()) as signals:

@@ -116,7 +116,8 @@ def _adapter(plan: Plan) -> Iterator[str]:
     factored, whole = plan.adapter.factored, plan.adapter.whole
     ranks = sorted({one.rank for one in factored})
     sketched = sum(one.sketched for one in factored)
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    most = "at most " if plan.trims else ""
+    span = f"rank {most}{ranks[0]}" if len(ranks) == 1 else f"ranks {most}{ranks[0]} to {ranks[-1]}"
     yield f"adapter: {len(factored)} matrices of {span}, {len(whole)} tensors whole"
     if sketched:
         yield f"{sketched} of the matrices approximate updates of full rank"

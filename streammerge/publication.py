@@ -16,7 +16,7 @@ from streammerge.planning import Plan
 from streammerge.planning.differences import Differences, differences
 from streammerge.planning.fingerprint import Identity, minor
 from streammerge.recipe import to_yaml
-from streammerge.report import Change, Changes, Missed, describe_missed
+from streammerge.report import Change, Changes, Missed, Written, describe_missed
 from streammerge.sinks.companions import (
     companion_digests,
     copy_donated,
@@ -25,7 +25,6 @@ from streammerge.sinks.companions import (
     write_index,
     write_record,
 )
-from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.bytesource import Files
 from streammerge.storage.card import license_of, model_card
 from streammerge.storage.donated import donated
@@ -43,6 +42,7 @@ from streammerge.storage.record import (
 from streammerge.storage.references import display_name
 from streammerge.storage.room import check_room
 from streammerge.storage.rundir import check_output, state_folder
+from streammerge.storage.shard import ShardLayout
 from streammerge.storage.smallfile import read_small
 from streammerge.words import Extent
 
@@ -80,7 +80,8 @@ def check_room_for(plan: Plan, out: Path) -> None:
     journal = _LINE_BYTES * (pieces + plan.demand.merged_tensors + plan.demand.copied_tensors)
     own = [_OWN_FILE_BYTES] * _OWN_FILES
     shards = [layout.size_bytes for layout in plan.layouts]
-    check_room(state_folder(out), [*shards, *companions, journal, *own])
+    cut = shards if plan.trims else []  # for a while both are there
+    check_room(state_folder(out), [*shards, *cut, *companions, journal, *own])
 
 
 def there_already(out: Path, identity: Identity, manner: Manner) -> bool:
@@ -142,7 +143,7 @@ def recorded_identity(out: Path, record: Record) -> Identity:
     return Identity(
         recipe=read_small(out / RECIPE).decode("utf-8", "replace"),
         inputs=dict(record.inputs),
-        layout={name: shard.header_sha256 for name, shard in record.shards.items()},
+        layout={n: one.planned_sha256 or one.header_sha256 for n, one in record.shards.items()},
         grid=record.grid,
         environment=dict(record.environment),
         version=minor(record.streammerge),
@@ -182,13 +183,13 @@ def built_files(folder: Path) -> list[str]:
 
 
 def write_companions(
-    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
+    plan: Plan, folder: Path, identity: Identity, written: Written, changes: Changes
 ) -> None:
     """All of the output but its shards: config, tokenizer, index, card, recipe, and the record."""
     inputs, recipe, changed = plan.inputs, plan.recipe, changes.result()
     donor = inputs.donor
-    if plan.adapter:
-        write_adapter_config(folder, plan.adapter.config(display_name(donor.path)))
+    if written.adapter:
+        write_adapter_config(folder, written.adapter.config(display_name(donor.path)))
     else:
         config = output_config(
             donor.config,
@@ -197,7 +198,7 @@ def write_companions(
             vocabulary=plan.outline.vocabulary,
         )
         copy_donated(folder, donated(donor.path, plan.outline.tokenizer), donor.config, config)
-        write_index(folder, plan.layouts)
+        write_index(folder, written.layouts)
     recipe_yaml = to_yaml(recipe, portable=True)
     folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]
     card = model_card(
@@ -206,24 +207,22 @@ def write_companions(
         method=recipe.method.name,
         recipe_yaml=recipe_yaml,
         library_version=__version__,
-        changed=[*map(str, changed), *describe_missed(changes.missed())],
+        changed=[*map(str, changed), *describe_missed(written.missed)],
         kind=recipe.kind,
         license=license_of(donor.path),
     )
     write_documents(folder, card=card, recipe=recipe_yaml)
-    write_record(folder, _record(plan, folder, identity, sink, changes))
+    write_record(folder, _record(plan, folder, identity, written, changes))
 
 
 def _record(
-    plan: Plan, folder: Path, identity: Identity, sink: ShardsSink, changes: Changes
+    plan: Plan, folder: Path, identity: Identity, written: Written, changes: Changes
 ) -> Record:
     """What was merged, by what, and checksums of what came of it."""
-    crcs = sink.sums.shards()
+    crcs = written.sums.shards()
     shards = {
-        layout.name: ShardRecord(
-            layout.size_bytes, hashlib.sha256(layout.header).hexdigest(), crcs[layout.name]
-        )
-        for layout in plan.layouts
+        layout.name: _shard(layout, identity.layout[layout.name], crcs[layout.name])
+        for layout in written.layouts
     }
     return Record(
         streammerge=__version__,
@@ -234,18 +233,24 @@ def _record(
         environment=identity.environment,
         inputs=identity.inputs,
         changes=tuple(_change(change) for change in changes.result()),
-        approximations=_approximations(plan, changes),
+        approximations=_approximations(written),
         files=companion_digests(folder, shards),
         shards=shards,
-        tensors=dict(sorted(sink.sums.tensors.items())),
+        tensors=dict(sorted(written.sums.tensors.items())),
     )
 
 
-def _approximations(plan: Plan, changes: Changes) -> dict[str, ApproximationRecord]:
-    ranks = {one.tensor: one.rank for one in plan.adapter.factored} if plan.adapter else {}
+def _shard(layout: ShardLayout, planned: str, crc32c: int | None) -> ShardRecord:
+    digest = hashlib.sha256(layout.header).hexdigest()
+    return ShardRecord(layout.size_bytes, digest, crc32c, None if planned == digest else planned)
+
+
+def _approximations(written: Written) -> dict[str, ApproximationRecord]:
+    factored = written.adapter.factored if written.adapter else ()
+    ranks = {one.tensor: one.rank for one in factored}
     return {
         name: ApproximationRecord(ranks[name], _digits(one.update), _digits(one.missed))
-        for name, one in changes.missed().items()
+        for name, one in written.missed.items()
     }
 
 

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from streammerge.arrays import PerModel
+from streammerge.planning.adapter_output import AdapterOutput
 from streammerge.planning.inputs import Model
+from streammerge.sinks.receipts import Sums
 from streammerge.storage.shard import ShardLayout
 
 
@@ -63,6 +65,16 @@ def describe_missed(missed: Mapping[str, Missed]) -> list[str]:
         f"the factors miss {100 * whole.relative:.2g} % of the merged update, at most "
         f"{100 * missed[worst].relative:.2g} % of a tensor's ({worst})"
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The shards of an output as they are, and what is known of them."""
+
+    layouts: tuple[ShardLayout, ...]
+    sums: Sums
+    adapter: AdapterOutput | None
+    missed: Mapping[str, Missed]  # what factors miss, by the base's tensor
 
 
 class Changes:

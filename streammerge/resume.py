@@ -197,14 +197,14 @@ def open_journal(state: RunDirectory, identity: Identity, found: Survey | None) 
 
 def sound_shards(state: RunDirectory, plan: Plan, journal: Journal, found: Survey) -> set[str]:
     """The shards to go on with. The others go, and the journal is told so first."""
-    paths = {layout.name: state.output / layout.name for layout in plan.layouts}
+    paths = {layout.name: state.shards / layout.name for layout in plan.layouts}
     sound = {one.name for one in plan.layouts if is_begun(paths[one.name], one)}
     lost = sorted(found.shards - sound)
     journal.append({"anew": name} for name in lost)
     journal.sync()
     found.anew.update(dict.fromkeys(lost, found.stop))
     for name in paths.keys() - sound:
-        state.drop(name)
+        state.drop(paths[name])
     return sound
 
 

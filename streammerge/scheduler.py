@@ -95,20 +95,32 @@ class Course:
         self._absorbed = 0
         self._parts: dict[int, Mapping[str, Any]] = {}
         self._last: deque[Item] = deque()
+        self._begun = False
+
+    def _begin(self) -> None:
+        self._begun = True
+        job, done = self.job, self._done
         if isinstance(job, CopyJob):
             self._last.extend(item for item in _copies(job) if item.index not in done.pieces)
-        else:
-            self._grid = grid.tiles(job.merged.spec)
-            if any(index not in done.pieces for index in range(len(job.tiles()))):
-                self._sort({**job.merged.start(state_bytes, done.values), **done.values})
-                self._start_wave(job)
+            return
+        self._grid = grid.tiles(job.merged.spec)
+        if any(index not in done.pieces for index in range(len(job.tiles()))):
+            self._sort({**job.merged.start(self._state_bytes, done.values), **done.values})
+            self._start_wave(job)
 
     @property
     def done(self) -> bool:
-        return not (self._running or self._last or self._folds)
+        return self._begun and not (self._running or self._last or self._folds)
+
+    def waits(self, active: Iterable[Course]) -> bool:
+        """Whether its job is to begin after one that is not over."""
+        before = self.job.after if isinstance(self.job, MergeJob) else None
+        return before is not None and any(course.job is before for course in active)
 
     def next(self) -> Item | None:
         """An item to submit; None when there is none now."""
+        if not self._begun:
+            self._begin()
         item = self._pick()
         self._running += item is not None
         return item
@@ -203,11 +215,12 @@ def drive(
     """
     coming = iter(courses)
     active: list[Course] = []
+    waiting: list[Course] = []
     running: dict[Future[Any], tuple[Course, Item]] = {}
     try:
         while True:
             while len(running) < capacity and not stopped():
-                picked = _pick(active, coming, window)
+                picked = _pick(active, waiting, coming, window)
                 if picked is None:
                     break
                 running[submit(picked[1])] = picked
@@ -226,7 +239,7 @@ def drive(
 
 
 def _pick(
-    active: list[Course], coming: Iterator[Course], window: int
+    active: list[Course], waiting: list[Course], coming: Iterator[Course], window: int
 ) -> tuple[Course, Item] | None:
     """An item of the earliest job that has one, opening the next job when there is room."""
     for course in active:
@@ -234,13 +247,28 @@ def _pick(
         if item is not None:
             return course, item
     while len(active) < window:
-        course = next(coming, None)  # type: ignore[assignment]
-        if course is None:
+        opened = _open(active, waiting, coming)
+        if opened is None:
             return None
-        item = course.next()
+        item = opened.next()
         if item is not None:
-            active.append(course)
-            return course, item
+            active.append(opened)
+            return opened, item
+    return None
+
+
+def _open(
+    active: Sequence[Course], waiting: list[Course], coming: Iterator[Course]
+) -> Course | None:
+    """The next course that may begin. Those that wait hold nothing, and keep nobody waiting."""
+    for course in waiting:
+        if not course.waits(active):
+            waiting.remove(course)
+            return course
+    for course in coming:
+        if not course.waits(active):
+            return course
+        waiting.append(course)
     return None
 
 

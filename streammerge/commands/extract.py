@@ -11,13 +11,18 @@ def recipe_of(
     tuned: str,
     *,
     base: str,
-    rank: int,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
     embeddings: bool = False,
     norms: bool = False,
     out_dtype: str | None = None,
     seed: int | None = None,
 ) -> Recipe:
     """The recipe whose merge is the adapter; `embeddings` and `norms` are saved whole, or left out.
+
+    Each matrix gets the rank, or the least one that keeps a share `energy` of the difference's
+    squared norm and misses no more than `error` of its norm; `rank` is then the most.
 
     Raises StreammergeError.
     """
@@ -26,7 +31,7 @@ def recipe_of(
     recipe = extraction(
         tuned=tuned,
         base=base,
-        rank=rank,
+        ranks={"rank": rank, "energy": energy, "error": error},
         saved=[kind for kind, wanted in asked.items() if wanted],
         methods=CATALOGUE,
         problems=problems,

@@ -169,7 +169,10 @@ def _others(job: Job, wanted: frozenset[int]) -> frozenset[int]:
 
 
 class _Comparison:
-    """A sink that holds what it is given against the files of an output."""
+    """A sink that holds what it is given against the files of an output.
+
+    Of factors that were cut to a lower rank, the file has the first rows and columns.
+    """
 
     def __init__(self, out: Path, shards: Iterable[str]) -> None:
         headers = [read_header(out / name) for name in shards]
@@ -177,9 +180,13 @@ class _Comparison:
         self.faults: list[BadInput] = []
 
     def write(self, extent: Extent, tile: Tile, stored: RawBytes) -> int:
-        row_bytes = extent.spec.cols * extent.spec.dtype.itemsize
-        rows = f"rows {tile.start} to {tile.stop - 1}"
-        self._compare(extent.spec.name, rows, tile.start * row_bytes, stored)
+        held = self._extents[extent.spec.name].spec
+        row_bytes = held.cols * held.dtype.itemsize
+        rows = stored.reshape(tile.stop - tile.start, -1)
+        kept = rows[: max(0, held.rows - tile.start), :row_bytes]
+        part = f"rows {tile.start} to {tile.stop - 1}"
+        derived = np.ascontiguousarray(kept).reshape(-1)
+        self._compare(extent.spec.name, part, tile.start * row_bytes, derived)
         return checksum(stored)
 
     def copy(self, files: Files, source: Extent, extent: Extent, start: int, length: int) -> None:

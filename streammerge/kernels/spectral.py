@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # A direction is null below this share of the largest singular value: what is lost with it is less
 # than a rounding of float32, 6e-8, and so is 2e-16 over this, by which a basis misses right angles.
 NULL = 1e-8
+# Of shared bases, one after the other; each keeps no less than the one before.
+ROUNDS = 10
 
 
 def triangle(blocks: Iterable[Core], cols: int) -> Core:
@@ -52,6 +54,27 @@ def basis(triangle: Core) -> tuple[Core, Core]:
     in_any_basis = values[:, np.newaxis] * vt * lengths
     turn = np.linalg.svd(in_any_basis, full_matrices=False)[0]
     return to_any_basis @ turn, turn.T @ in_any_basis
+
+
+def shared_bases(matrices: Core, rank: int) -> tuple[Core, Core]:
+    """Orthonormal U `[m, rank]` and V `[n, rank]` in which most of all `[count, m, n]` lies.
+
+    They make the sum of `|U' X_i V|^2` large: a Tucker decomposition of two modes, begun with the
+    singular vectors of the matrices side by side, and improved one basis after the other. De
+    Lathauwer et al., "On the best rank-1 and rank-(R1, ..., RN) approximation of higher-order
+    tensors", SIAM J. Matrix Anal. Appl. 2000. Fewer columns where m or n is less than `rank`.
+    """
+    turned = matrices.transpose(0, 2, 1)
+    u, v = _strongest(matrices, rank), _strongest(turned, rank)
+    for _ in range(ROUNDS):
+        u = _strongest(matrices @ v, rank)
+        v = _strongest(turned @ u, rank)
+    return u, v
+
+
+def _strongest(matrices: Core, rank: int) -> Core:
+    """Left singular vectors of matrices `[count, m, n]` side by side."""
+    return np.asarray(np.linalg.svd(np.hstack([*matrices]), full_matrices=False)[0][:, :rank])
 
 
 def isotropic(matrix: Core) -> Core:

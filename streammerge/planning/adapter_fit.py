@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.adapters.lora import CONV1D_MODELS
-from streammerge.errors import BadInput, ConfigError, Problems
+from streammerge.errors import ConfigError, Problems
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
@@ -110,21 +109,12 @@ class Fitting:
         if why is not None:
             found = reason if reason == why else f"{reason}; {why}"
             self._refuse("the merge cannot be written as an adapter", f"{some(names)}: {found}")
-        elif self._inputs.donor.config.get("model_type") in CONV1D_MODELS:
-            found = f"{some(names)}: {reason}"
-            self._problems.add(
-                BadInput(
-                    "updates of full rank are approximated on ordinary linear layers only",
-                    found=found,
-                    expected="a model without Conv1D layers, which store [in, out]",
-                    remedy="write `kind: model`",
-                )
-            )
-        elif self._recipe.rank is None:
+        elif self._recipe.rank is None and self._recipe.missed_share is None:
             self._refuse(
                 "an adapter of updates of full rank needs a rank",
                 f"{some(names)}: {reason}",
-                "say under `output` how much they get, such as `rank: 32`",
+                "say under `output` how much they get, such as `rank: 32`, or what they may miss, "
+                "such as `error: 0.1`",
             )
 
     def _refuse(

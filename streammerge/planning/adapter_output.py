@@ -7,10 +7,11 @@ An update of a tensor becomes factors A `[rank, in]` and B `[out, rank]` with a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from streammerge.adapters.lora import CONV1D_MODELS
 from streammerge.planning.adapter_fit import Fit
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.jobs import Composer, Job, MergeJob
@@ -19,12 +20,14 @@ from streammerge.planning.outline import Outline
 from streammerge.recipe import Recipe
 from streammerge.sources.direct import Direct
 from streammerge.sources.factor_rows import Left, Right
-from streammerge.sources.sketched import LeftSide, RightSide, Sketch, Sketched
+from streammerge.sources.sketched import Sketch, Sketched
 from streammerge.storage.shard import ShardLayout, lay_out
-from streammerge.words import DType, Factors, Merged, TensorSpec
+from streammerge.words import DType, Factors, TensorSpec
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# What `CONV1D_MODELS` call their layers that store [in, out]; their others are ordinary ones.
+_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,30 @@ class Factored:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def of_rank(self, rank: int) -> Factored:
+        """The same of another rank."""
+        a = replace(self.a, shape=(rank, *self.a.shape[1:]))
+        b = replace(self.b, shape=(self.b.shape[0], rank, *self.b.shape[2:]))
+        return replace(self, a=a, b=b)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterOutput:
-    """Everything that the file of an adapter will hold."""
+    """Everything that the file of an adapter will hold.
+
+    With a `missed_share`, factors are cut to the least rank that misses no more of the squared norm
+    of the update: ranks are then the most that there may be, and the file is written twice.
+    """
 
     factored: tuple[Factored, ...]
     whole: dict[str, TensorSpec]  # the base's tensor -> what is saved in its place
     seed: int
+    missed_share: float | None = None
+
+    def of_ranks(self, ranks: Mapping[str, int]) -> AdapterOutput:
+        """With the factors of some of the base's tensors cut to a rank."""
+        cut = (one.of_rank(ranks.get(one.tensor, one.rank)) for one in self.factored)
+        return replace(self, factored=tuple(cut))
 
     def layout(self) -> ShardLayout:
         factors = [spec for one in self.factored for spec in (one.a, one.b)]
@@ -76,18 +95,17 @@ class AdapterOutput:
         """A, then B; what both come of is found when the first is wanted."""
         a, b = layout.extents[one.a.name], layout.extents[one.b.name]
         parts = composer.assembly.parts(one.tensor)
-        right: Merged
-        left: Merged
         if one.sketched:
-            sketch = Sketch(composer.update(one.tensor), one.rank, a.spec.dtype, self.seed)
-            right = Sketched(a.spec, sketch, RightSide(sketch))
-            left = Sketched(b.spec, sketch, LeftSide(sketch))
-        else:
-            of_rank = composer.pairs.of_rank
-            pair = of_rank(one.tensor, parts, one.rank, a.spec.dtype, turned=one.turned)
-            right, left = Direct(Right(a.spec, pair)), Direct(Left(b.spec, pair))
-        yield MergeJob(right, a, ())
-        yield MergeJob(left, b, parts.positions)
+            update, dtype = composer.update(one.tensor), a.spec.dtype
+            sketch = Sketch(update, one.rank, dtype, self.seed, turned=one.turned)
+            first = MergeJob(Sketched(a.spec, sketch, "A"), a, ())
+            yield first
+            yield MergeJob(Sketched(b.spec, sketch, "B"), b, parts.positions, after=first)
+            return
+        of_rank = composer.pairs.of_rank
+        pair = of_rank(one.tensor, parts, one.rank, a.spec.dtype, turned=one.turned)
+        yield MergeJob(Direct(Right(a.spec, pair)), a, ())
+        yield MergeJob(Direct(Left(b.spec, pair)), b, parts.positions)
 
     def config(self, base: str) -> dict[str, Any]:
         """adapter_config.json; `base` is the display name of the base model."""
@@ -125,7 +143,7 @@ def adapter_output(recipe: Recipe, inputs: Inputs, outline: Outline, fit: Fit) -
         factored.append(_factored(spec, place, rank, dtype, sketched=name in fit.sketched))
     specs = {n: output_spec(inputs.donor.tensors[n].spec, outline, dtype) for n in fit.whole}
     whole = {n: replace(spec, name=_PREFIX + n) for n, spec in specs.items()}
-    return AdapterOutput(tuple(factored), whole, recipe.seed)
+    return AdapterOutput(tuple(factored), whole, recipe.seed, recipe.missed_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +162,9 @@ def _place(name: str, inputs: Inputs) -> _Place:
         key = (update.left if turned else update.right).extent.spec.name
         module = key.partition(".lora_")[0].replace("_orig_mod.", "").removeprefix(_PREFIX)
         return _Place(module, ".lora_embedding_" in key, turned)
-    return _Place(name.removesuffix(".weight"))
+    module = name.removesuffix(".weight")
+    turned = inputs.donor.config.get("model_type") in CONV1D_MODELS
+    return _Place(module, turned=turned and module.rpartition(".")[2] in _CONV1D)
 
 
 def _updates(name: str, inputs: Inputs) -> Iterator[Factors]:

@@ -43,13 +43,15 @@ class MergeJob:
     """A tensor that is computed. `models` are the positions in the recipe of those that take part,
     in the order in which the merge reports their norms. `beyond` gives the rows that the base
     lacks, where the target has more of them than `merged`. `choices` are of those whose rows are
-    wanted more than once."""
+    wanted more than once. `after` is one that is to be over before this one begins, as this takes
+    over what it found."""
 
     merged: Merged
     target: Extent
     models: tuple[int, ...]
     beyond: Merged | None = None
     choices: tuple[Choice, ...] = ()
+    after: MergeJob | None = None
 
     def tiles(self) -> list[Tile]:
         """All tiles of the target in file order; none holds rows of both kinds."""

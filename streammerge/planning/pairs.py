@@ -9,7 +9,14 @@ from streammerge.planning.parts import Parts
 from streammerge.recipe import Recipe
 from streammerge.sources.combined import Combined
 from streammerge.sources.core import low_rank
-from streammerge.sources.in_core import Combine, InCore, Isotropized, Turned, Weighted
+from streammerge.sources.in_core import (
+    Combine,
+    Compressed,
+    InCore,
+    Isotropized,
+    Turned,
+    Weighted,
+)
 from streammerge.sources.pairs import Mixed, Pair, Stacked
 from streammerge.storage.bytesource import Files
 from streammerge.words import DType
@@ -23,9 +30,11 @@ class Pairs:
 
     def __init__(self, recipe: Recipe, files: Files) -> None:
         self._method = recipe.method
-        self._core = recipe.space == "core" or recipe.method.space == "cores"
+        self._core = recipe.space != "full" or recipe.method.space == "cores"
         self._on_deltas = recipe.method.on_deltas(has_base=recipe.base is not None)
         self._isotropize = recipe.isotropize
+        self._by_strength = recipe.missed_share is not None
+        self._compress_to = recipe.rank if recipe.space == "compressed" else None
         self._files = files
 
     def in_core(self, tensor: str, parts: Parts) -> Pair | None:
@@ -39,13 +48,15 @@ class Pairs:
     def of_rank(self, tensor: str, parts: Parts, rank: int, dtype: DType, *, turned: bool) -> Pair:
         """The merged update of a tensor, or of its transpose, as factors of so much rank.
 
-        A weighted sum that fits in float32 stays as it is, factor beside factor.
+        A weighted sum that fits in float32 stays as it is, factor beside factor, unless those that
+        matter least are to be left out.
         """
         updates, combine = low_rank(parts.base, parts.models), self._combine(tensor, parts)
         if updates is None or isinstance(combine, str):
             raise TypeError(f"{tensor} has no update of low rank, which the plan should have said")
         updates = updates.turned() if turned else updates
-        if isinstance(combine, Weighted) and rank == updates.rank and dtype is DType.F32:
+        exact = rank == updates.rank and dtype is DType.F32 and not self._by_strength
+        if isinstance(combine, Weighted) and exact:
             return Stacked(self._files, updates, combine.factors)
         combine = Turned(combine) if turned else combine
         return Mixed(self._files, updates, combine, rank=rank, dtype=dtype)
@@ -69,9 +80,12 @@ class Pairs:
         if found is None:
             why = self.why_no_update(parts) or self._why_dense(parts.knobs)
             found = why or InCore(self._files, self._method, parts.knobs, tensor)
-        if isinstance(found, str) or not self._isotropize:
+        if isinstance(found, str):
             return found
-        return Isotropized(found)
+        found = Isotropized(found) if self._isotropize else found
+        if self._compress_to is None:
+            return found
+        return Compressed(found, self._compress_to, len(parts.models))
 
     def _weighted(self, parts: Parts) -> Weighted | str | None:
         """A weighted sum whose factors are known, where the method gives one."""

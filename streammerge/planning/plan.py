@@ -75,6 +75,11 @@ class Plan:
     def output_bytes(self) -> int:
         return sum(layout.size_bytes for layout in self.layouts)
 
+    @property
+    def trims(self) -> bool:
+        """Whether what is written is cut to lower ranks before it is part of the output."""
+        return self.adapter is not None and self.adapter.missed_share is not None
+
     def last_file(self) -> str:
         """The file without which nobody takes the output for a model: its index, or all of it."""
         return INDEX if len(self.layouts) > 1 else self.layouts[0].name

@@ -85,7 +85,7 @@ def check_core(
     if why := pairs.why_none(first, assembly.parts(first)):
         return [f"full space: all tensors, as {why}"]
     in_full = [f"full space: {some(names)}, as {reason}" for reason, names in others.items()]
-    return [f"core space: {count(found.low_rank)}", *in_full]
+    return [f"{recipe.space} space: {count(found.low_rank)}", *in_full]
 
 
 def _refuse(what: str, others: Mapping[str, Sequence[str]], problems: Problems) -> None:

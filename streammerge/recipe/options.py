@@ -50,21 +50,25 @@ def extraction(
     *,
     tuned: str,
     base: str,
-    rank: int,
+    ranks: Mapping[str, float | None],
     saved: Sequence[str],
     methods: Mapping[str, MethodSpec],
     problems: Problems,
     out_dtype: str | None = None,
     seed: int | None = None,
 ) -> Recipe | None:
-    """The recipe of a fine-tune's difference from its base, as an adapter."""
+    """The recipe of a fine-tune's difference from its base, as an adapter.
+
+    `ranks` are the keys under `output` that say how large it may be: rank, energy, error.
+    """
+    asked = {key: value for key, value in ranks.items() if value is not None}
     keys: dict[str, Any] = {
         "base_model": base,
         "merge_method": "task_arithmetic",
         "models": [{"model": tuned}],
         "out_dtype": out_dtype,
         "seed": seed,
-        "output": {"kind": "adapter", "rank": rank, "save": list(saved)},
+        "output": {"kind": "adapter", **asked, "save": list(saved)},
     }
     text = dump({key: value for key, value in keys.items() if value is not None})
     return parse_recipe(text, COMMAND_LINE, Path(), methods, problems)

@@ -81,6 +81,7 @@ class _Reading:
         self._whole = len(drafts) == listed
         output, shard_bytes = self._output()
         self._check_isotropize()
+        self._check_compressed(output)
         method = self._method()
         if method is None:
             return None
@@ -104,6 +105,8 @@ class _Reading:
             shard_bytes=shard_bytes,
             kind=output.kind,
             rank=output.rank,
+            energy=output.energy,
+            error=output.error,
             saved=None if output.save is None else tuple(output.save),
             space=self._shape.space or "full",
             isotropize=self._shape.isotropize or False,
@@ -226,7 +229,16 @@ class _Reading:
         output = shaped(OutputShape, self._document, ("output",), self._problems)
         if output is None:
             return OutputShape.model_validate({}), None
-        unfit = ("shard_size",) if output.kind == "adapter" else ("rank", "save")
+        unfit = (
+            ("shard_size",)
+            if output.kind == "adapter"
+            else (
+                "rank",
+                "energy",
+                "error",
+                "save",
+            )
+        )
         wrong = [key for key in unfit if getattr(output, key) is not None]
         for key in wrong:
             self._problems.add(self._unfit(key, output.kind))
@@ -259,7 +271,7 @@ class _Reading:
             return None
 
     def _check_isotropize(self) -> None:
-        if not self._shape.isotropize or self._shape.space == "core":
+        if not self._shape.isotropize or self._shape.space in ("core", "compressed"):
             return
         self._problems.add(
             ConfigError(
@@ -267,5 +279,18 @@ class _Reading:
                 where=self._document.spot(("isotropize",)).key,
                 found="isotropize: true without space: core",
                 remedy="add `space: core`: there the singular values are few, and known exactly",
+            )
+        )
+
+    def _check_compressed(self, output: OutputShape) -> None:
+        if self._shape.space != "compressed" or (output.kind == "adapter" and output.rank):
+            return
+        lacks = "a rank" if output.kind == "adapter" else "kind: adapter and a rank"
+        self._problems.add(
+            ConfigError(
+                "compressed space is that of an adapter as output, of its rank",
+                where=self._document.spot(("space",)).value,
+                found=f"space: compressed without {lacks} under `output`",
+                remedy="write `output: {kind: adapter, rank: 32}`, or `space: core`",
             )
         )

@@ -84,6 +84,8 @@ class OutputShape(Shape):
     path: Text | None = Field(None, description="text: the path of a folder")
     kind: Literal["model", "adapter"] = Field("model", description="model or adapter")
     rank: int | None = Field(None, ge=1, description="a whole number, at least 1")
+    energy: float | None = Field(None, gt=0, lt=1, description="a number above 0 and below 1")
+    error: float | None = Field(None, gt=0, lt=1, description="a number above 0 and below 1")
     save: list[Literal["embeddings", "norms"]] | None = Field(
         None, description="a list of embeddings and norms, or []"
     )
@@ -105,9 +107,11 @@ class RecipeShape(Shape):
         None, description="text: the name of the adapter whose tokenizer the output takes, or base"
     )
     output: Text | dict[str, Any] | None = Field(
-        None, description="a path, or a mapping {path, kind, rank, save, shard_size}"
+        None, description="a path, or a mapping {path, kind, rank, energy, error, save, shard_size}"
     )
-    space: Literal["full", "core"] | None = Field(None, description="full or core")
+    space: Literal["full", "core", "compressed"] | None = Field(
+        None, description="full, core or compressed"
+    )
     isotropize: bool | None = Field(None, description="true or false")
     name: Text | None = Field(None, description="text")
 

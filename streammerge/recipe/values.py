@@ -49,10 +49,11 @@ class Recipe:
     `shared` holds every shared knob of the method, with defaults applied. `out_dtype` is the
     recipe's `out_dtype`, else its `dtype`. `tokenizer` is the name of the entry whose adapter gives
     it, or "base"; None where the inputs decide. `output` is a path and `shard_bytes` the most bytes
-    of an output file; `rank` is the most that an adapter as output may have, None for as much as it
-    takes; `saved` are the kinds of tensors that it holds whole where they are no low-rank matrices,
-    None where such are refused. Relative paths start at `folder`: the recipe file's, or the working
-    directory.
+    of an output file. Of an adapter as output, `rank` is the most that it may have, None for as
+    much as it takes; `energy` is the least share of the squared norm of an update that its factors
+    keep, and `error` the most of its norm that they miss; `saved` are the kinds of tensors that it
+    holds whole where they are no low-rank matrices, None where such are refused. Relative paths
+    start at `folder`: the recipe file's, or the working directory.
     `warnings` are whole lines, one for each key that has no effect, with its places.
     """
 
@@ -67,8 +68,17 @@ class Recipe:
     shard_bytes: int | None
     kind: Literal["model", "adapter"]
     rank: int | None
+    energy: float | None
+    error: float | None
     saved: tuple[Literal["embeddings", "norms"], ...] | None
-    space: Literal["full", "core"]
-    isotropize: bool  # in core space: the merged singular values become their mean
+    space: Literal["full", "core", "compressed"]  # compressed: in `rank` shared directions
+    isotropize: bool  # not in full space: the merged singular values become their mean
     folder: Path
     warnings: tuple[str, ...] = field(compare=False)
+
+    @property
+    def missed_share(self) -> float | None:
+        """The most of an update's squared norm that its factors may miss; None: ranks are given."""
+        lost = None if self.energy is None else 1 - self.energy
+        wrong = None if self.error is None else self.error**2
+        return min((one for one in (lost, wrong) if one is not None), default=None)

@@ -105,6 +105,8 @@ def _output(recipe: Recipe) -> str | dict[str, Any] | None:
         "path": recipe.output,
         "kind": None if recipe.kind == "model" else recipe.kind,
         "rank": recipe.rank,
+        "energy": recipe.energy,
+        "error": recipe.error,
         "save": None if recipe.saved is None else list(recipe.saved),
         "shard_size": recipe.shard_bytes,
     }

@@ -1,14 +1,15 @@
 """A dense merged update as two factors: its strongest directions, and the update along them.
 
 `D V' V` is the nearest matrix to the update D whose rows lie in the span of V `[rank, cols]`. V is
-found by a statistic of D; then the factors are `D V'`, tile by tile, and V. Both are tensors of
-their own with the same waves; the second to come is spared them where the first is done.
+found by a statistic of D, `D V'` by another. Both factors are tensors of their own that want the
+same statistics; whichever comes second takes over those of the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,181 +33,175 @@ from streammerge.words import (
     Tile,
 )
 
-# No parameter of a method can have this name.
+# No parameter of a method can have these names.
 _DIRECTIONS = "strongest directions"
+_ALONG = "along them"
 
 
 class Sketch:
-    """What both factors want: an update, merged tile by tile without its base, and its directions.
+    """What both factors want: the directions of an update, merged without its base, and it in them.
 
-    `rank` of them, rounded to `dtype` as they will be stored.
+    `rank` of them, rounded to `dtype` as they will be stored. `turned` says that the factors are
+    those of the transpose.
     """
 
-    def __init__(self, update: Merged, rank: int, dtype: DType, seed: int) -> None:
+    def __init__(
+        self, update: Merged, rank: int, dtype: DType, seed: int, *, turned: bool = False
+    ) -> None:
         self.update = update
         self.rank = rank
         self.dtype = dtype
+        self.turned = turned
         self._seed = seed
         self._values: Mapping[str, StatisticValue] = {}
-        self._found: Directions | None = None
+        self._found: Mapping[str, StatisticValue] = {}
 
     @property
     def spec(self) -> TensorSpec:
         return self.update.spec
 
-    def tiles(self) -> Sequence[Tile]:
-        """The grid of the update, which is not that of either factor."""
-        return grid.tiles(self.spec)
-
     def start(
         self, state_bytes: int, values: Mapping[str, StatisticValue]
     ) -> dict[str, Fold | StatisticValue]:
-        """The statistics of the merge; once these are there, the directions."""
-        known = _of_method(values)
+        """The statistics of the merge; then the directions; then the update along them."""
+        if self._found:
+            return {name: one for name, one in self._found.items() if name not in values}
+        known = {n: one for n, one in values.items() if n not in (_DIRECTIONS, _ALONG)}
         found = self.update.start(state_bytes, known)
         settled = {n: one for n, one in found.items() if isinstance(one, StatisticValue)}
-        if len(settled) == len(found) and _DIRECTIONS not in values:
+        if len(settled) == len(found):
             self._values = {**known, **settled}
-            first = self._found or sketch.first_round(self.spec, self.rank, self._seed)
-            found = {**found, _DIRECTIONS: first}
-        tiles = self.tiles()
+            found |= self._own(values)
+        tiles = grid.tiles(self.spec)
         return {
             name: one if isinstance(one, StatisticValue) else _OnGrid(one, tiles)
             for name, one in found.items()
         }
 
+    def _own(self, values: Mapping[str, StatisticValue]) -> dict[str, Fold]:
+        if _DIRECTIONS not in values:
+            return {_DIRECTIONS: sketch.first_round(self.spec, self.rank, self._seed)}
+        if _ALONG not in values:
+            return {_ALONG: _Collected(self.spec, _directions(values), self.dtype)}
+        return {}
+
     def measure(
         self, folds: Mapping[str, Fold], tile: Tile, index: int, scratch: Scratch
     ) -> dict[str, Any]:
-        if _DIRECTIONS not in folds:
+        own = folds.keys() & {_DIRECTIONS, _ALONG}
+        if not own:
             return self.update.measure(folds, tile, index, scratch)
-        stack = Stack(None, [_Rows(self.update, self._values)], tile, index, scratch)
-        return {_DIRECTIONS: folds[_DIRECTIONS].measure(stack, scratch)}
+        (name,) = own  # each waits for all that come before it
+        shown = _Rows(self.update, self._values)
+        part = folds[name].measure(Stack(None, [shown], tile, index, scratch), scratch)
+        return {name: (part, shown.norms) if name == _ALONG else part}
 
     def waves(self) -> Sequence[Sequence[str]]:
-        return [*self.update.waves(), *[[_DIRECTIONS]] * sketch.ROUNDS]
+        return [*self.update.waves(), *[[_DIRECTIONS]] * sketch.ROUNDS, [_ALONG]]
 
     def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
-        if _DIRECTIONS in names:
+        if _DIRECTIONS in names or _ALONG in names:
             return self.update.merge_bytes(tile)
         return self.update.measure_bytes(tile, names)
 
     def state_bytes(self) -> tuple[int, int]:
         least, most = self.update.state_bytes()
-        own = sketch.state_bytes(self.spec, self.rank)
+        along = 4 * self.rank * (self.spec.rows + 2 * self.spec.cols)
+        own = sketch.state_bytes(self.spec, self.rank) + along
         return least + own, most + own
 
     def part_bytes(self) -> int:
-        return max(self.update.part_bytes(), sketch.part_bytes(self.spec, self.rank))
+        along = 4 * self.rank * grid.tile_rows(self.spec)
+        return max(self.update.part_bytes(), sketch.part_bytes(self.spec, self.rank), along)
 
     def scratch_bytes(self, tile: Tile) -> int:
         """Of a tile of the update: merging it, its rows again, and what they come to."""
         rows, cols = tile.shape(self.spec)
         seen = 4 * rows * sketch.width(self.spec, self.rank)
-        return self.update.scratch_bytes(tile) + 4 * rows * cols + seen
+        return self.update.scratch_bytes(tile) + 2 * 4 * rows * cols + seen
 
-    def directions(self, values: Mapping[str, StatisticValue], scratch: Scratch) -> Rows:
-        """V, rounded."""
-        found = values[_DIRECTIONS]
-        assert isinstance(found, Directions)
-        self._found = found
-        rows: Rows = scratch.array("directions", found.rows.shape, np.float32)
-        rows[...] = found.rows
-        round_to(rows, self.dtype, scratch)
-        return rows
+    def factor(self, which: Literal["A", "B"], values: Mapping[str, StatisticValue]) -> Rows:
+        """A `[rank, in]` or B `[out, rank]`, held by the statistics."""
+        self._found = values
+        held = _directions(values) if (which == "A") != self.turned else _along(values).rows
+        return held.T if self.turned else held
 
-    def rows(
-        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
-    ) -> Iterator[tuple[int, Rows, PerModel]]:
-        """The update's rows of a tile of any grid, in runs: the first row of each, and norms."""
-        for index, own in enumerate(self.tiles()):
-            if own.stop <= tile.start or own.start >= tile.stop:
-                continue
-            rows, norms = self.update.merge(own, index, _of_method(values), scratch)
-            first, last = max(own.start, tile.start), min(own.stop, tile.stop)
-            if own.start < tile.start:  # the tile that has its first row reports them
-                norms = np.zeros_like(norms)
-            yield first, rows[first - own.start : last - own.start], norms
+    def norms(self, values: Mapping[str, StatisticValue]) -> PerModel:
+        """Squared norms as of a `Pair` that approximates, after that of the base."""
+        return _along(values).norms
 
 
-class Side(Protocol):
-    """Which of the two factors."""
+@dataclass(frozen=True, slots=True)
+class _Along:
+    """`D V'`, `[rows, rank]`, and squared norms: of the models, of D, of what `D V' V` misses."""
 
-    def rows(
-        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
-    ) -> tuple[Rows, PerModel]:
-        """See `Merged.merge`; norms as of a `Pair` that approximates."""
-        ...
+    rows: Rows
+    norms: PerModel
 
-    def read_bytes(self, tile: Tile) -> int: ...
-
-    def scratch_bytes(self, tile: Tile, inner: Tile) -> int:
-        """Besides V: for a tile of the factor, made from tiles of the update like `inner`."""
-        ...
+    def at(self, tile_index: int) -> Rows:
+        return self.rows
 
 
-class LeftSide:
-    """`D V'`, and what `D V' V` misses of D."""
-
-    def __init__(self, sketch: Sketch) -> None:
-        self._sketch = sketch
-
-    def rows(
-        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
-    ) -> tuple[Rows, PerModel]:
-        along = self._sketch.directions(values, scratch)
-        out: Rows = scratch.array("along", (tile.stop - tile.start, len(along)), np.float32)
-        total: PerModel | None = None
-        for first, rows, norms in self._sketch.rows(tile, values, scratch):
-            mine = out[first - tile.start : first - tile.start + len(rows)]
-            np.matmul(rows, along.T, out=mine)
-            round_to(mine, self._sketch.dtype, scratch)
-            squared = sum_of_squares(rows)
-            near: Rows = scratch.array("near", rows.shape, np.float32)
-            np.matmul(mine, along, out=near)
-            np.subtract(rows, near, out=near)
-            found = np.append(norms, (squared, sum_of_squares(near)))
-            total = found if total is None else total + found
-        assert total is not None  # a tile has a row
-        return out, total
-
-    def read_bytes(self, tile: Tile) -> int:
-        tiles = self._sketch.tiles()
-        own = [one for one in tiles if one.stop > tile.start and one.start < tile.stop]
-        return self._sketch.update.merge_bytes(Tile(own[0].start, own[-1].stop))
-
-    def scratch_bytes(self, tile: Tile, inner: Tile) -> int:
-        """The factor's rows, and what is near a tile of the update."""
-        rows, cols = inner.shape(self._sketch.spec)
-        return 4 * (tile.stop - tile.start) * self._sketch.rank + 8 * rows * cols
+def _directions(values: Mapping[str, StatisticValue]) -> Rows:
+    found = values[_DIRECTIONS]
+    assert isinstance(found, Directions)
+    return found.rows
 
 
-class RightSide:
-    """V."""
+def _along(values: Mapping[str, StatisticValue]) -> _Along:
+    found = values[_ALONG]
+    assert isinstance(found, _Along)
+    return found
 
-    def __init__(self, sketch: Sketch) -> None:
-        self._sketch = sketch
 
-    def rows(
-        self, tile: Tile, values: Mapping[str, StatisticValue], scratch: Scratch
-    ) -> tuple[Rows, PerModel]:
-        rows = self._sketch.directions(values, scratch)
-        return rows[tile.start : tile.stop], np.array([np.nan])
+class _Collected:
+    """The fold that gathers `D V'`, both factors rounded as they will be stored; see `Fold`."""
 
-    def read_bytes(self, tile: Tile) -> int:
-        return 0
+    def __init__(self, spec: TensorSpec, directions: Rows, dtype: DType) -> None:
+        self._directions = directions.copy()
+        round_to(self._directions, dtype, Scratch())
+        self._dtype = dtype
+        self._rows: Rows = np.empty((spec.rows, len(directions)), np.float32)
+        self._filled = 0
+        self._norms: PerModel | None = None
 
-    def scratch_bytes(self, tile: Tile, inner: Tile) -> int:
-        return 0
+    def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
+        return grid
+
+    def measure(self, stack: DeltaStack, scratch: Scratch) -> tuple[Rows, PerModel]:
+        """The tile's rows of `D V'`, and squared norms of D and of what is missed."""
+        rows = stack.one(0)
+        mine = rows @ self._directions.T
+        round_to(mine, self._dtype, scratch)
+        squared = sum_of_squares(rows)
+        near: Rows = scratch.array("near", rows.shape, np.float32)
+        np.matmul(mine, self._directions, out=near)
+        np.subtract(rows, near, out=near)
+        return mine, np.array((squared, sum_of_squares(near)))
+
+    def absorb(self, tile_index: int, part: tuple[tuple[Rows, PerModel], PerModel]) -> None:
+        """Parts come in the order of the rows; each with the norms that the merge reports."""
+        (rows, squared), norms = part
+        self._rows[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+        found = np.append(norms, squared)
+        self._norms = found if self._norms is None else self._norms + found
+
+    def finish(self) -> StatisticValue:
+        assert self._norms is not None  # a tensor has a tile
+        return _Along(self._rows, self._norms)
 
 
 class Sketched:
-    """One factor of a sketched update; see `Merged`."""
+    """One factor of a sketched update, as a LoRA names it; see `Merged`.
 
-    def __init__(self, spec: TensorSpec, sketch: Sketch, side: Side) -> None:
+    A comes first and measures; B takes over what was found, and measures where A was there before.
+    """
+
+    def __init__(self, spec: TensorSpec, sketch: Sketch, which: Literal["A", "B"]) -> None:
         self.spec = spec
         self._sketch = sketch
-        self._side = side
+        self._which = which
 
     @property
     def resident_bytes(self) -> int:
@@ -214,7 +209,7 @@ class Sketched:
 
     @property
     def once_bytes(self) -> int:
-        return self._sketch.update.once_bytes
+        return self._sketch.update.once_bytes if self._which == "A" else 0
 
     def start(
         self, state_bytes: int, values: Mapping[str, StatisticValue]
@@ -232,13 +227,20 @@ class Sketched:
     def merge(
         self, tile: Tile, index: int, values: Mapping[str, StatisticValue], scratch: Scratch
     ) -> tuple[Rows, PerModel]:
-        return self._side.rows(tile, values, scratch)
+        """Rows of the factor; the norms of the whole update come with the first of B."""
+        held = self._sketch.factor(self._which, values)
+        rows: Rows = scratch.array("factor", (tile.stop - tile.start, held.shape[1]), np.float32)
+        rows[...] = held[tile.start : tile.stop]
+        if self._which == "A":
+            return rows, np.array([np.nan])
+        norms = self._sketch.norms(values)
+        return rows, norms if tile.start == 0 else np.zeros_like(norms)
 
     def waves(self) -> Sequence[Sequence[str]]:
-        return self._sketch.waves()
+        return self._sketch.waves() if self._which == "A" else ()
 
     def merge_bytes(self, tile: Tile) -> int:
-        return self._side.read_bytes(tile)
+        return 0
 
     def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
         """What is measured are tiles of the update: all of it for all of the factor."""
@@ -249,18 +251,13 @@ class Sketched:
         return self._sketch.part_bytes()
 
     def scratch_bytes(self, tile: Tile) -> int:
-        """V, what the side takes, and a tile of the update."""
+        """A tile of the update to measure, or of the factor."""
         inner = tile if tile.col_step > 1 else grid.largest_tile(self._sketch.spec)
-        along = 8 * self._sketch.rank * self._sketch.spec.cols
-        own = self._side.scratch_bytes(tile, inner)
-        return self._sketch.scratch_bytes(inner) + along + own
+        rows, cols = tile.shape(self.spec)
+        return self._sketch.scratch_bytes(inner) + 4 * rows * cols
 
     def release(self) -> None:
         self._sketch.update.release()
-
-
-def _of_method(values: Mapping[str, StatisticValue]) -> dict[str, StatisticValue]:
-    return {name: value for name, value in values.items() if name != _DIRECTIONS}
 
 
 class _OnGrid:
@@ -295,6 +292,7 @@ class _Rows:
     def __init__(self, merged: Merged, values: Mapping[str, StatisticValue]) -> None:
         self._merged = merged
         self._values = values
+        self.norms: PerModel = np.zeros(0)  # that the merge reported of the tile read last
 
     @property
     def spec(self) -> TensorSpec:
@@ -302,7 +300,7 @@ class _Rows:
 
     def read(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
         index = tile.start // grid.tile_rows(self.spec)
-        out[...] = self._merged.merge(tile, index, self._values, scratch)[0]
+        out[...], self.norms = self._merged.merge(tile, index, self._values, scratch)
 
     def delta(self, tile: Tile, base_rows: Rows | None, out: Rows, scratch: Scratch) -> None:
         self.read(tile, out, scratch)

@@ -20,11 +20,15 @@ _REMEDY = "restore the file from a copy of the output, or merge again"
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A file of weights as it was written; no checksum where part of it was copied unread."""
+    """A file of weights as it was written; no checksum where part of it was copied unread.
+
+    `planned_sha256` is of the header in the plan, where the file has another: lower ranks.
+    """
 
     bytes: int
     header_sha256: str
     crc32c: int | None
+    planned_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ def _parsed(document: dict[str, Any]) -> Record:
         _expect((int,), shard.bytes)
         _expect((str,), shard.header_sha256)
         _expect(whole_or_none, shard.crc32c)
+        _expect((str, type(None)), shard.planned_sha256)
     for change in changes:
         _expect((str,), change.model)
         _expect((int,), change.applied, change.total)

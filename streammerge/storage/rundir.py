@@ -20,6 +20,7 @@ from streammerge.storage.record import RECORD, find_record
 
 JOURNAL = "journal"
 _OUTPUT = "output"
+_APART = "apart"
 _INSIDE = ".streammerge"
 # What a fresh file system holds at its root.
 _NOTHING = frozenset({_INSIDE, "lost+found"})
@@ -68,6 +69,7 @@ class RunDirectory:
         self.out = out.absolute()
         self.path = path or state_folder(self.out)
         self.output = self.path / _OUTPUT  # where the output is built
+        self.shards = self.output  # and its shards; see `write_apart`
         self.journal = self.path / JOURNAL
         self._replaced = self.path / "replaced"  # where one waits while another takes its name
         self._inside = self.path.parent == self.out
@@ -110,20 +112,27 @@ class RunDirectory:
         self.keep = False
 
     def _empty(self) -> None:
-        if self.output.exists():
-            shutil.rmtree(self.output)
+        for folder in (self.output, self.path / _APART):
+            if folder.exists():
+                shutil.rmtree(folder)
         self.journal.unlink(missing_ok=True)
         self.output.mkdir()
+
+    def write_apart(self) -> None:
+        """Shards are not part of the output as they are first written: they get another folder."""
+        self.shards = self.path / _APART
+        with self._told("cannot take shards that are to be cut"):
+            self.shards.mkdir(exist_ok=True)
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether all files of a built output are here, or have taken their names already."""
         places = (self.output, self.out) if self._inside else (self.output,)
         return all(any((place / name).exists() for place in places) for name in names)
 
-    def drop(self, name: str) -> None:
-        """Remove a file of the output that is being built, if it is there."""
-        with self._told(f"cannot get rid of {name}"):
-            (self.output / name).unlink(missing_ok=True)
+    def drop(self, path: Path) -> None:
+        """Remove a file that is being built, if it is there."""
+        with self._told(f"cannot get rid of {path.name}"):
+            path.unlink(missing_ok=True)
 
     def publish(self, last: str) -> None:
         """Give the finished folder its final name. All data is synced.

@@ -21,7 +21,14 @@ from streammerge.sources.core import LowRank, core_space
 from streammerge.sources.dense import Dense
 from streammerge.sources.direct import Direct
 from streammerge.sources.factor_rows import Added
-from streammerge.sources.in_core import Combine, InCore, Isotropized, Turned, Weighted
+from streammerge.sources.in_core import (
+    Combine,
+    Compressed,
+    InCore,
+    Isotropized,
+    Turned,
+    Weighted,
+)
 from streammerge.sources.low_rank import Product
 from streammerge.sources.pairs import Mixed, Pair, Stacked
 from streammerge.storage.bytesource import Files
@@ -205,6 +212,37 @@ def test_a_method_that_prunes_does_so_in_the_core(tmp_path: Path) -> None:
     assert_near(product_of(pair), u @ kept @ space.to_right.T @ product.right())
 
 
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("smaller", [1.0, 1e-3])
+def test_compressed_first_is_the_dense_formula(tmp_path: Path, rank: int, smaller: float) -> None:
+    """Updates in a few shared directions, some much smaller; summed there, and pruned there."""
+    pairs = random_pairs((4, 6, 2))
+    pairs[1] = smaller * pairs[1][0], pairs[1][1]
+    made = write(tmp_path, pairs)
+    weights = WEIGHTS[:3]
+
+    def summed(cores: list[Exact]) -> Exact:
+        return np.asarray(sum(w * core for w, core in zip(weights, cores, strict=True)))
+
+    def pruned(cores: list[Exact]) -> Exact:
+        count = max(1, cores[0].size // 2)
+        least = [np.sort(np.abs(core), axis=None)[-count] for core in cores]
+        return summed([c * (np.abs(c) >= cut) for c, cut in zip(cores, least, strict=True)])
+
+    prune = in_core(made, "magnitude_prune", weight=weights, density=[0.5] * 3)
+    rules = ((Weighted(weights), summed), (prune, pruned))
+    for combine, rule in rules:
+        pair = Mixed(made.files, made.updates, Compressed(combine, rank, 3), rank=rank)
+        assert_near(product_of(pair), oracle.compressed(made.deltas, rank, rule), 1e-5)
+
+
+def test_compressed_to_all_directions_nothing_is_lost(tmp_path: Path) -> None:
+    made = write(tmp_path, random_pairs((3, 4)))
+    pair = Mixed(made.files, made.updates, Compressed(Weighted(WEIGHTS[:2]), 9, 2), rank=7)
+    merged = WEIGHTS[0] * made.deltas[0] + WEIGHTS[1] * made.deltas[1]
+    assert_near(product_of(pair), merged)
+
+
 def test_updates_of_a_transposed_tensor_are_merged_as_they_are_stored(tmp_path: Path) -> None:
     made = write(tmp_path, random_pairs((4, 2)))
     combine = in_core(made, "dare_linear", density=[0.5, 0.7])  # by the place of an element
@@ -248,7 +286,8 @@ def test_what_is_more_than_the_rank_of_the_sum_is_zeros(tmp_path: Path) -> None:
 
 def test_updates_that_are_nothing(tmp_path: Path) -> None:
     made = write(tmp_path, [(np.zeros((ROWS, 2)), np.ones((2, COLS)))] * 2)
-    for combine in (Weighted([1.0, 1.0]), in_core(made, "tsv"), in_core(made, "ties")):
+    summed = Weighted([1.0, 1.0])
+    for combine in (summed, in_core(made, "tsv"), in_core(made, "ties"), Compressed(summed, 3, 2)):
         assert not product_of(Mixed(made.files, made.updates, combine, rank=3)).any()
 
 

@@ -14,7 +14,7 @@ from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
-from streammerge.sources.sketched import LeftSide, RightSide, Sketch, Sketched
+from streammerge.sources.sketched import Sketch, Sketched
 from streammerge.statistics import sketch
 from streammerge.words import DType, Merged, TensorSpec
 from tests.contracts.merged_contract import assert_within_its_word, run_merged, settle
@@ -43,12 +43,15 @@ def update_of(table: Table, method: str) -> Merged:
     return Combined(table.files, *made, update_only=True)
 
 
-def both(update: Merged, rank: int, dtype: DType = DType.F32) -> tuple[Merged, Merged]:
-    """The two factors' merges of an update."""
-    spec, shared = update.spec, Sketch(update, rank, dtype, 7)
-    left = Sketched(TensorSpec("b", (spec.rows, rank), dtype), shared, LeftSide(shared))
-    right = Sketched(TensorSpec("a", (rank, spec.cols), dtype), shared, RightSide(shared))
-    return left, right
+def both(
+    update: Merged, rank: int, dtype: DType = DType.F32, *, turned: bool = False
+) -> tuple[Merged, Merged]:
+    """The two factors' merges of an update or of its transpose, B and A."""
+    shared = Sketch(update, rank, dtype, 7, turned=turned)
+    spec = update.spec
+    outer, inner = (spec.cols, spec.rows) if turned else (spec.rows, spec.cols)
+    b = Sketched(TensorSpec("b", (outer, rank), dtype), shared, "B")
+    return b, Sketched(TensorSpec("a", (rank, inner), dtype), shared, "A")
 
 
 def expected(table: Table, method: str) -> Exact:
@@ -69,11 +72,12 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
 
 @pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+@pytest.mark.parametrize("turned", [False, True])
 def test_the_factors_are_nearly_the_nearest_and_say_what_they_miss(
-    table: Table, method: str, dtype: DType
+    table: Table, method: str, dtype: DType, turned: bool
 ) -> None:
-    left, right = both(update_of(table, method), RANK, dtype)
-    dense = expected(table, method)
+    left, right = both(update_of(table, method), RANK, dtype, turned=turned)
+    dense = expected(table, method).T if turned else expected(table, method)
     product = run_merged(left).astype(np.float64) @ run_merged(right).astype(np.float64)
     missed = np.linalg.norm(dense - product)
     best = np.linalg.norm(dense - oracle.nearest(dense, RANK))

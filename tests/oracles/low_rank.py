@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,3 +43,29 @@ def _orthogonal(columns: Exact) -> Exact:
     u, values, vt = np.linalg.svd(columns, full_matrices=False)
     kept = values > _NULL * values[0]
     return np.asarray(u[:, kept] @ vt[kept])
+
+
+def compressed(
+    deltas: Sequence[Exact], rank: int, rule: Callable[[list[Exact]], Exact], rounds: int = 10
+) -> Exact:
+    """`U rule(U' d_i V) V'`: U and V of the Tucker decomposition of the deltas, nearly of one size.
+
+    Each basis holds the strongest eigenvectors of a sum of squares, not of matrices side by side.
+    """
+    sizes = [float(np.linalg.norm(delta)) for delta in deltas]
+    mean = float(np.mean(sizes))
+    evened = [
+        (0.25 * size + 0.75 * mean) / size * delta
+        for size, delta in zip(sizes, deltas, strict=True)
+        if size
+    ]
+    u = _eigenvectors(sum(x @ x.T for x in evened), rank)
+    v = _eigenvectors(sum(x.T @ x for x in evened), rank)
+    for _ in range(rounds):
+        u = _eigenvectors(sum((x @ v) @ (x @ v).T for x in evened), rank)
+        v = _eigenvectors(sum((x.T @ u) @ (x.T @ u).T for x in evened), rank)
+    return np.asarray(u @ rule([u.T @ delta @ v for delta in deltas]) @ v.T)
+
+
+def _eigenvectors(square: Exact, rank: int) -> Exact:
+    return np.asarray(np.linalg.eigh(square)[1][:, ::-1][:, :rank])

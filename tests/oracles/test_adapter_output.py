@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import yaml
 from peft_models import Shelf, load, make_gpt2, make_llama
@@ -16,6 +17,8 @@ from streammerge.commands.recompute import Lead, recompute
 from streammerge.commands.verify import verify
 from streammerge.errors import BadInput, ConfigError, Refused
 from streammerge.storage.record import read_record
+from tests.oracles import low_rank
+from tests.oracles.dense import Exact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +60,31 @@ def beside(base: Path, adapter: Path) -> Tensor:
     from peft import PeftModel
 
     return logits(PeftModel.from_pretrained(load(base), adapter))
+
+
+def updates(adapter: Path) -> dict[str, Exact]:
+    """Module -> the update that PEFT makes of the factors in the file, in float64."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+    from safetensors.numpy import load_file
+
+    config = LoraConfig.from_pretrained(str(adapter))
+    held = load_file(adapter / "adapter_model.safetensors")
+    found = {}
+    for key, a in held.items():
+        if ".lora_A." not in key:
+            continue
+        module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+        alpha, rank = (
+            patterns.get(get_pattern_key(patterns, module), default)
+            for patterns, default in (
+                (config.alpha_pattern, config.lora_alpha),
+                (config.rank_pattern, config.r),
+            )
+        )
+        b = held[key.replace(".lora_A.", ".lora_B.")]
+        found[module] = alpha / rank * b.astype(np.float64) @ a.astype(np.float64)
+    return found
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -126,6 +154,43 @@ def test_a_lower_rank_misses_what_it_says(shelf: Shelf, tmp_path: Path) -> None:
         missed = float(torch.linalg.norm(update - factors) / torch.linalg.norm(update))
         assert one.rank == 2
         assert missed == pytest.approx(one.missed / one.update, rel=1e-3, abs=1e-6)
+
+
+def test_a_sum_is_cut_to_what_matters(shelf: Shelf, tmp_path: Path) -> None:
+    """Of factors, which are exact: the rank is that of the dense sum's singular values."""
+    base, adapters = llama(shelf)
+    output = {"kind": "adapter", "error": 0.3}
+    merge(tmp_path, "task_arithmetic", base, adapters, "out", output=output)
+    record, found = read_record(tmp_path / "out"), updates(tmp_path / "out")
+    one, two = (updates(adapter) for adapter in adapters)
+    for module, update in found.items():
+        total = 0.7 * one.get(module, 0.0) + 0.4 * two.get(module, 0.0)
+        values = np.linalg.svd(total, compute_uv=False) ** 2
+        tails = values.sum() - values.cumsum()
+        rank = int(np.flatnonzero(tails <= 0.09 * values.sum())[0]) + 1
+        told = record.approximations[f"{module}.weight"]
+        assert told.rank == rank
+        np.testing.assert_allclose(update, low_rank.nearest(total, rank), atol=1e-6)
+        floor = 1e-6 * told.update
+        assert told.missed == pytest.approx(max(tails[rank - 1], 0.0) ** 0.5, rel=1e-3, abs=floor)
+
+
+def test_compressed_first_is_the_dense_formula(shelf: Shelf, tmp_path: Path) -> None:
+    """Of each module that both adapt, from their factors as they are stored."""
+    base, adapters = llama(shelf)
+    output = {"kind": "adapter", "rank": 3}
+    keys = {"space": "compressed", "output": output}
+    merge(tmp_path, "task_arithmetic", base, adapters, "out", **keys)
+    notes = sm.plan(tmp_path / "out.yaml", memory=MEMORY).notes
+    assert "compressed space: 14 tensors" in notes
+    found = updates(tmp_path / "out")
+    one, two = (updates(adapter) for adapter in adapters)
+    both = sorted(one.keys() & two.keys())
+    assert len(both) == 4
+    for module in both:
+        deltas = [one[module], two[module]]
+        expected = low_rank.compressed(deltas, 3, lambda cores: 0.7 * cores[0] + 0.4 * cores[1])
+        np.testing.assert_allclose(found[module], expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_module_that_one_adapter_saves_whole(shelf: Shelf, tmp_path: Path) -> None:

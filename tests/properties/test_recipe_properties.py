@@ -59,7 +59,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
         Entry(name, model, adapter, draw(knobs), PLACE, adapter is not None and draw(st.booleans()))
         for name, (model, adapter) in zip(names, drawn, strict=True)
     ]
-    adapter, core = draw(st.booleans()), draw(st.booleans())
+    adapter = draw(st.booleans())
+    rank = draw(st.none() | st.integers(1, 512)) if adapter else None
+    space = draw(st.sampled_from(["full", "core", "compressed"] if rank else ["full", "core"]))
+    share = st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True)
     return Recipe(
         method=TIES,
         base=base,
@@ -71,10 +74,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
         tokenizer=draw(st.none() | st.just("base")),
         shard_bytes=None if adapter else draw(st.none() | st.integers(1, 2**63 - 1)),
         kind="adapter" if adapter else "model",
-        rank=draw(st.none() | st.integers(1, 512)) if adapter else None,
+        rank=rank,
+        energy=draw(share) if adapter else None,
+        error=draw(share) if adapter else None,
         saved=draw(st.sampled_from([None, (), ("norms",)])) if adapter else None,
-        space="core" if core else "full",
-        isotropize=core and draw(st.booleans()),
+        space=space,  # type: ignore[arg-type]
+        isotropize=space != "full" and draw(st.booleans()),
         folder=FOLDER,
         warnings=(),
     )

@@ -285,6 +285,9 @@ def test_a_number_that_is_not_whole(value: str) -> None:
         ("{rank: 8}", 10, ("output.rank does not go with kind: model", "kind: adapter")),
         ("{kind: adapter, shard_size: 1GB}", 25, ("output.shard_size does not go with",)),
         ("{kind: adapter, rank: 0}", 31, ("output.rank is not valid", "at least 1")),
+        ("{kind: adapter, energy: 1}", 33, ("output.energy is not valid", "below 1")),
+        ("{kind: adapter, error: 0}", 32, ("output.error is not valid", "above 0")),
+        ("{error: 0.1}", 10, ("output.error does not go with kind: model", "kind: adapter")),
         ("{kind: lora}", 16, ("output.kind is not valid", "model or adapter")),
     ],
 )
@@ -295,6 +298,14 @@ def test_an_output_of_two_minds(output: str, column: int, words: tuple[str, ...]
 def test_isotropize_without_core_space() -> None:
     problem = only(LINEAR + "models: [{model: a}]\nisotropize: true")
     assert_says(problem, 3, 1, "isotropize needs core space", "space: core")
+
+
+@pytest.mark.parametrize(
+    ("output", "lacks"), [("", "kind: adapter and a rank"), ("output: {kind: adapter}", "a rank")]
+)
+def test_compressed_space_without_a_rank(output: str, lacks: str) -> None:
+    problem = only(f"{LINEAR}models: [{{model: a}}]\nspace: compressed\n{output}")
+    assert_says(problem, 3, 8, f"without {lacks} under `output`", "rank: 32")
 
 
 @pytest.mark.parametrize("text", ["a+b+c", "a@b@c", "+b", "a+", "a@", "@r", "a@r+b@"])

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -190,6 +190,20 @@ def test_any_order_of_finishing_does_every_item_once(seed: int) -> None:
         (20, 10),
         (30, 5),
     ]
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_job_after_another_begins_when_that_is_over(window: int) -> None:
+    first = merge_job("first", 3, cut=1)
+    second = replace(merge_job("second", 4, cut=1), after=first)
+    jobs = [first, second, copy_job("b", 35), merge_job("c", 2)]
+    between = 0
+    for seed in range(20):
+        order = [item.job for item in run(jobs, seed=seed, window=window)[0]]
+        last = len(order) - 1 - order[::-1].index(first)
+        assert order.index(second) > last
+        between += order.index(jobs[2]) < last
+    assert bool(between) == (window > 1)  # who waits takes no room, and keeps nobody waiting
 
 
 @pytest.mark.parametrize("seed", range(20))

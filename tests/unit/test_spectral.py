@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streammerge.kernels.spectral import isotropic, polar, svd, triangle
+from streammerge.kernels.spectral import isotropic, polar, shared_bases, svd, triangle
 
 RANDOM = np.random.default_rng(5)
 
@@ -52,3 +52,19 @@ def test_the_polar_factor_is_the_nearest_with_orthonormal_columns() -> None:
     symmetric = found.T @ matrix  # and the other factor of the decomposition is positive
     np.testing.assert_allclose(symmetric, symmetric.T, atol=1e-12)
     assert np.linalg.eigvalsh(symmetric).min() > 0
+
+
+def test_shared_bases_find_what_all_matrices_share() -> None:
+    rows, columns = (np.linalg.qr(RANDOM.normal(size=(n, 3)))[0] for n in (9, 7))
+    matrices = rows @ RANDOM.normal(size=(4, 3, 3)) @ columns.T
+    u, v = shared_bases(matrices + 1e-9 * RANDOM.normal(size=matrices.shape), 3)
+    np.testing.assert_allclose(u @ u.T, rows @ rows.T, atol=1e-7)
+    np.testing.assert_allclose(v @ v.T, columns @ columns.T, atol=1e-7)
+
+
+def test_of_one_matrix_shared_bases_are_its_singular_vectors() -> None:
+    matrix = RANDOM.normal(size=(8, 6))
+    u, v = shared_bases(matrix[np.newaxis], 2)
+    expected = np.linalg.svd(matrix, full_matrices=False)
+    np.testing.assert_allclose(u @ u.T, expected[0][:, :2] @ expected[0][:, :2].T, atol=1e-9)
+    np.testing.assert_allclose(v @ v.T, expected[2][:2].T @ expected[2][:2], atol=1e-9)
