@@ -140,6 +140,14 @@ def count_and_collect(rows, low, high, found):  # [n], scalar, scalar, [>= n]
     return above, inside
 
 
+@njit(_i64(_u32, types.uint32), cache=CACHED, nogil=True)
+def count_below(keys, key):  # [n], scalar
+    count = np.uint32(0)  # as wide as a key, so that eight or more are compared at once
+    for i in range(keys.size):
+        count = np.uint32(count + np.uint32(keys[i] < key))
+    return np.int64(count)
+
+
 @njit(types.void(_u32, types.uint32, types.uint32, _u32), cache=CACHED, nogil=True)
 def add_to_bins(keys, low, shift, bins):  # [n], scalar, scalar, [bins]
     for i in range(keys.size):
