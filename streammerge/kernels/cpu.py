@@ -26,6 +26,9 @@ _u32 = types.uint32[::1]
 _i64 = types.int64
 _rows = types.float32[:, ::1]
 
+# Elements that are looked at together for one to collect. Of 8, 16, 32 and 64 the fastest.
+COUNTED = 32
+
 
 @njit(types.void(_mapped_u16, _f32), cache=CACHED, nogil=True)
 def bfloat16_to_float32(bits, out):  # [n], [n]
@@ -121,6 +124,21 @@ def add_scaled(out, factor, rows):  # [n], scalar, [n]
         out[i] += factor * rows[i]
 
 
+@njit(
+    _i64(_u32, _i64, _i64, types.uint32, types.uint32, _u32, _i64),
+    cache=CACHED,
+    nogil=True,
+    inline="always",
+)
+def _collect(bits, start, stop, low, width, found, inside):  # [n], scalars, [>= n], scalar
+    """Write the keys in `[low, low + width)` behind the `inside` first; how many there are now."""
+    for i in range(start, stop):
+        key = bits[i] & np.uint32(0x7FFFFFFF)
+        found[inside] = key
+        inside += np.int64(np.uint32(key - low) < width)
+    return inside
+
+
 @njit(types.UniTuple(_i64, 2)(_f32, types.uint32, types.uint32, _u32), cache=CACHED, nogil=True)
 def count_and_collect(rows, low, high, found):  # [n], scalar, scalar, [>= n]
     """How many magnitudes are at or above `high`, and how many in `[low, high)`.
@@ -132,12 +150,28 @@ def count_and_collect(rows, low, high, found):  # [n], scalar, scalar, [>= n]
     above = 0
     inside = 0
     width = np.uint32(high - low)
-    for i in range(rows.size):
-        key = bits[i] & np.uint32(0x7FFFFFFF)
-        above += np.int64(key >= high)
-        found[inside] = key
-        inside += np.int64(np.uint32(key - low) < width)
+    whole = rows.size // COUNTED * COUNTED
+    for start in range(0, whole, COUNTED):
+        over = within = np.uint32(0)  # as wide as a key, so that many are compared at once
+        for i in range(start, start + COUNTED):
+            key = bits[i] & np.uint32(0x7FFFFFFF)
+            over = np.uint32(over + np.uint32(key >= high))
+            within = np.uint32(within + np.uint32(np.uint32(key - low) < width))
+        above += np.int64(over)
+        if within > 0:
+            inside = _collect(bits, start, start + COUNTED, low, width, found, inside)
+    for i in range(whole, rows.size):
+        above += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= high)
+    inside = _collect(bits, whole, rows.size, low, width, found, inside)
     return above, inside
+
+
+@njit(_i64(_u32, types.uint32), cache=CACHED, nogil=True)
+def count_below(keys, key):  # [n], scalar
+    count = np.uint32(0)  # as wide as a key, so that eight or more are compared at once
+    for i in range(keys.size):
+        count = np.uint32(count + np.uint32(keys[i] < key))
+    return np.int64(count)
 
 
 @njit(types.void(_u32, types.uint32, types.uint32, _u32), cache=CACHED, nogil=True)

@@ -47,6 +47,13 @@ def count_and_collect(
     return int(above), found[:inside]
 
 
+def count_below(found: NDArray[np.uint32], key: int) -> int:
+    """How many of some keys `[n]` are under a key."""
+    from streammerge.kernels import cpu
+
+    return int(cpu.count_below(found, np.uint32(key)))
+
+
 def trim(deltas: Deltas, cut: Cut) -> Deltas:
     """Keep each model's largest magnitudes `[models, rows, cols]`, in place; returns `deltas`."""
     from streammerge.kernels import cpu

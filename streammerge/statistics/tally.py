@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streammerge.kernels.prune import ABOVE_ALL, count_and_collect
+from streammerge.kernels.prune import ABOVE_ALL, count_and_collect, count_below
 from streammerge.memory import Scratch
 
 if TYPE_CHECKING:
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     Keys = NDArray[np.uint32]
 
 BINS = 1 << 16
-# A part with more distinct keys than there are bins is sent as bins, so that no part is large.
+# A part with more distinct keys than there are bins is sent as bins, so that no part is large; keys
+# as they come, which take half of the room of keys with their counts, may be twice as many.
 # Half as many cost adapters of rank 4 another read: their brackets are wide.
 MOST_KEYS = BINS
+_PROBE_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Part:
     """One slot's magnitudes of one tile: those inside the bracket, collected or binned."""
 
     above: int  # elements at or above the bracket
-    held: Keys | None  # [n], sorted
+    held: Keys | None  # [n], sorted where `up_to` is there, else as they came
     up_to: NDArray[np.uint32] | None  # [n], how many elements are up to each; None: each is one
     bins: NDArray[np.uint32] | None  # [BINS]
     nonzero: int = 0  # counted where a k depends on it
@@ -52,10 +54,10 @@ class Part:
     def below(self, key: int) -> int:
         """How many elements inside the bracket are under the key."""
         assert self.held is not None
+        if self.up_to is None:
+            return count_below(self.held, key)
         index = int(np.searchsorted(self.held, np.uint32(key)))
-        if self.up_to is None or index == 0:
-            return index
-        return int(self.up_to[index - 1])
+        return int(self.up_to[index - 1]) if index else 0
 
     @property
     def inside(self) -> int:
@@ -70,25 +72,42 @@ def _shift(bracket: Bracket) -> int:
     return max(0, (bracket.high - bracket.low - 1).bit_length() - BINS.bit_length() + 1)
 
 
-def _add_to_bins(found: Keys, bracket: Bracket, bins: NDArray[np.uint32]) -> None:
-    from streammerge.kernels import cpu
-
-    cpu.add_to_bins(found, np.uint32(bracket.low), np.uint32(_shift(bracket)), bins)
-
-
 def collect(rows: NDArray[np.float32], bracket: Bracket, scratch: Scratch) -> Part:
+    """Sorted only where that makes the part smaller: sorting costs more than all the rest."""
     above, found = count_and_collect(rows, bracket.low, bracket.high, scratch)
+    if _many_equal(found):
+        return _counted(above, found, bracket)
+    if len(found) > 2 * MOST_KEYS:
+        return _binned(above, found, bracket)
+    return Part(above, found.copy(), None, None)
+
+
+def _many_equal(found: Keys) -> bool:
+    """Whether it seems that counting equals would pay, as of differences of bfloat16 models.
+
+    Told from some of them. Where it is wrong, a part is larger than it need be.
+    """
+    probe = np.sort(found[::_PROBE_STEP])
+    return 4 * int(np.count_nonzero(probe[1:] == probe[:-1])) >= len(probe) > 0
+
+
+def _counted(above: int, found: Keys, bracket: Bracket) -> Part:
+    """Distinct keys with how often they are there, or bins where these are too many."""
     found.sort()
     steps = found[1:] != found[:-1]
     distinct = min(1, len(found)) + int(np.count_nonzero(steps))
     if distinct > MOST_KEYS:
-        bins = np.zeros(BINS, np.uint32)
-        _add_to_bins(found, bracket, bins)
-        return Part(above, None, None, bins)
-    if 2 * distinct >= len(found):  # to count equals would not make it smaller
-        return Part(above, found.copy(), None, None)
+        return _binned(above, found, bracket)
     lasts = np.append(np.flatnonzero(steps), len(found) - 1)  # of each run of equal keys
     return Part(above, found[lasts], (lasts + 1).astype(np.uint32), None)
+
+
+def _binned(above: int, found: Keys, bracket: Bracket) -> Part:
+    from streammerge.kernels import cpu
+
+    bins = np.zeros(BINS, np.uint32)
+    cpu.add_to_bins(found, np.uint32(bracket.low), np.uint32(_shift(bracket)), bins)
+    return Part(above, None, None, bins)
 
 
 class Tally:

@@ -10,10 +10,11 @@ import pytest
 
 from streammerge.declarations import Declared, Knobs
 from streammerge.kernels import Cut, trim
-from streammerge.kernels.prune import ABOVE_ALL
+from streammerge.kernels.prune import ABOVE_ALL, keys
+from streammerge.memory import Scratch
 from streammerge.statistics import KthMagnitude, tally
 from streammerge.statistics.select import Counting, Subject, Thresholds, each_model
-from streammerge.statistics.tally import Bracket
+from streammerge.statistics.tally import Bracket, collect
 from streammerge.words import DType, StatisticValue, TensorSpec, Tile
 from tests.contracts.statistic_contract import (
     StatisticContract,
@@ -103,6 +104,18 @@ class TestKthMagnitude(StatisticContract):
         delta[::9] = 1 + rng.random((72, 256))  # what the sample sees is larger, and never zero
         for grid in (cut_rows(640), cut_rows(640, *range(0, 640, 170))):
             self.hold([delta], grid, density(share))
+
+
+def test_a_part_counts_equal_magnitudes_and_keeps_others_as_they_came() -> None:
+    rng = np.random.default_rng(3)
+    different = 1 + rng.random((64, 100)).astype(np.float32)
+    equal = np.round(16 * different) / np.float32(16)
+    for rows, nbytes in ((different, 4 * different.size), (equal, 8 * len(np.unique(equal)))):
+        part = collect(rows, Bracket(1), Scratch())
+        assert part.nbytes == nbytes
+        assert part.inside == rows.size
+        for key in (1, int(keys(equal)[0, 0]), int(keys(equal)[0, 0]) + 1, ABOVE_ALL):
+            assert part.below(key) == np.sum(keys(rows) < key)
 
 
 class TestNarrowing:

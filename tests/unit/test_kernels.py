@@ -17,7 +17,13 @@ from streammerge.kernels import Cut, elect, multiply, narrow, trim, widen
 from streammerge.kernels.casts import not_finite, not_finite_stored
 from streammerge.kernels.norms import norms_of_rows, squares_of_columns
 from streammerge.kernels.product import gram, squared_norms
-from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, count_and_collect, keys
+from streammerge.kernels.prune import (
+    ABOVE_ALL,
+    KEEP_ALL_EQUAL,
+    count_and_collect,
+    count_below,
+    keys,
+)
 from streammerge.kernels.vote import Divisor, Vote
 from streammerge.kernels.weighted import (
     add_scaled,
@@ -214,6 +220,13 @@ def test_collecting_everything_fits_its_buffer() -> None:
     rows = np.ones((3, 1000), np.float32)
     above, inside = count_and_collect(rows, 1, ABOVE_ALL, Scratch())
     assert (above, inside.size) == (0, 3000)
+
+
+@given(ROWS, MAGNITUDES)
+def test_count_below(rows: Single, magnitude: float) -> None:
+    found = keys(rows).reshape(-1)
+    for key in (key_of(magnitude), key_of(magnitude) + 1, ABOVE_ALL):
+        assert count_below(found, key) == np.sum(found < key)
 
 
 def expected_trim(values: Sequence[float], threshold: float, quota: int) -> list[float]:
