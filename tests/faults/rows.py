@@ -39,6 +39,7 @@ BAD_INPUTS: dict[int, Row] = {
         _RECIPE,
         "test_fault_4_wrong_types",
         "test_fault_4_weights_that_are_no_numbers",
+        "test_fault_4_a_key_that_no_text_can_be",
     ),
     5: _row(
         "config: duplicate key",
