@@ -347,7 +347,7 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     if options["seed"] is not None:
         changes["seed"] = options["seed"]
     if options["shard_size"] is not None:
-        changes["shard_bytes"] = parse_size(options["shard_size"])
+        changes["shard_bytes"] = parse_size(options["shard_size"], "--shard-size")
     return replace(recipe, **changes) if changes else recipe
 
 

@@ -142,8 +142,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def parse_json(data: bytes, where: str, what: str, remedy: str = REPAIR) -> dict[str, Any]:
-    """The JSON object in `data`, which is `what` of the file `where`.
+def parse_json(data: bytes, where: str, what: str = "", remedy: str = REPAIR) -> dict[str, Any]:
+    """The JSON object in `data`, which is the file `where`, or what of it is JSON.
 
     `BadInput` for bad UTF-8, bad JSON, absurd nesting, half a surrogate pair, a key given twice in
     one object (Python's json keeps the last, others the first), and anything but an object.
@@ -166,4 +166,4 @@ def parse_json(data: bytes, where: str, what: str, remedy: str = REPAIR) -> dict
         found = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except ValueError as error:  # half a surrogate pair, or a number of thousands of digits
         fault, found = "is not valid JSON", str(error)
-    raise bad(where, f"{what} {fault}", found, "a JSON object, each key once", remedy)
+    raise bad(where, f"{what} {fault}".lstrip(), found, "a JSON object, each key once", remedy)
