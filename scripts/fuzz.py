@@ -47,7 +47,11 @@ def target(kind: str, folder: Path, count: Callable[[], object]) -> Any:
     @given(contents)
     def holds(raw: bytes) -> None:
         count()
-        check(folder, raw)
+        try:
+            check(folder, raw)
+        except Exception as error:
+            error.add_note(f"the file: {raw!r}")
+            raise
 
     return holds
 
@@ -83,8 +87,14 @@ def by_atheris(kind: str, seconds: float) -> None:
     with atheris.instrument_imports(include=["streammerge"]):
         import streammerge.planning.inputs  # all readers
         import streammerge.recipe  # noqa: F401
-    holds = target(kind, Path(tempfile.mkdtemp()), lambda: None)
-    atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}"], holds.hypothesis.fuzz_one_input)
+    folder = Path(tempfile.mkdtemp())  # libFuzzer leaves there what made it fail
+    options = [
+        f"-max_total_time={int(seconds)}",
+        f"-artifact_prefix={folder}/",
+        "-print_final_stats=1",
+    ]
+    holds = target(kind, folder, lambda: None)
+    atheris.Setup([sys.argv[0], *options], holds.hypothesis.fuzz_one_input)
     atheris.Fuzz()
 
 
@@ -98,11 +108,19 @@ def fuzz(kind: str, seconds: float, *, steered: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:  # the process may end in the middle of its work
         env = {**os.environ, "TMPDIR": folder}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    found = re.search(r"Done (\d+) runs|cases (\d+)", done.stdout + done.stderr)
+    said = done.stdout + done.stderr
+    found = re.search(r"(?:number_of_executed_units:|^cases) *(\d+)", said, re.MULTILINE)
     if done.returncode:
-        print(done.stdout + done.stderr, file=sys.stderr)
-    cases = int(found[1] or found[2]) if found else 0
+        print(
+            "\n".join(line for line in said.splitlines() if not _is_progress(line)), file=sys.stderr
+        )
+    cases = int(found[1]) if found else 0
     return {"kind": kind, "engine": engine, "cases": cases, "failed": done.returncode != 0}
+
+
+def _is_progress(line: str) -> bool:
+    """What libFuzzer says while it works."""
+    return line.startswith(("#", "INFO: "))
 
 
 def main() -> int:

@@ -116,6 +116,12 @@ def test_tokens_are_given_by_the_ends_of_names(tmp_path: Path) -> None:
     assert config.token_indices("model.norm") is None
 
 
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
+def test_a_number_that_no_float_can_hold_is_refused(tmp_path: Path, field: str) -> None:
+    value = {"q_proj": 10**400} if field.endswith("pattern") else 10**400
+    assert f"`{field}` cannot be used" in refused(tmp_path, **{field: value})
+
+
 @pytest.mark.parametrize("value", ["3", 3, [-1], [1.0], {"lm_head": 3}, {"lm_head": ["a"]}])
 def test_tokens_that_are_no_rows(tmp_path: Path, value: object) -> None:
     assert "`trainable_token_indices`" in refused(tmp_path, trainable_token_indices=value)
