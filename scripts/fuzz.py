@@ -35,23 +35,16 @@ SELF_TEST = "self-test"  # a kind that fails, to see that failures are seen
 # ------------------------------------------------------------------------ in a process of its own
 
 
-def target(kind: str, folder: Path, count: Callable[[], object]) -> Any:
-    """A hypothesis test of one kind of file."""
+def as_test(contents: Any, check: Callable[[bytes], object]) -> Any:
+    """A hypothesis test that the check raises nothing."""
     from hypothesis import HealthCheck, given, settings
-
-    contents, check = contents_of(kind)
 
     @settings(
         max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(contents)
     def holds(raw: bytes) -> None:
-        count()
-        try:
-            check(folder, raw)
-        except Exception as error:
-            error.add_note(f"the file: {raw!r}")
-            raise
+        check(raw)
 
     return holds
 
@@ -72,8 +65,9 @@ def _refuse_marks(folder: Path, raw: bytes) -> None:
 
 def by_hypothesis(kind: str, seconds: float) -> int:
     """Returns how many files were tried; raises for one that fails."""
-    tried = itertools.count()
-    holds = target(kind, Path(tempfile.mkdtemp()), lambda: next(tried))
+    contents, check = contents_of(kind)
+    folder, tried = Path(tempfile.mkdtemp()), itertools.count()
+    holds = as_test(contents, lambda raw: (next(tried), check(folder, raw)))
     deadline = time.monotonic() + seconds  # imports do not count
     while time.monotonic() < deadline:
         holds()
@@ -81,20 +75,25 @@ def by_hypothesis(kind: str, seconds: float) -> int:
 
 
 def by_atheris(kind: str, seconds: float) -> None:
-    """Never returns; libFuzzer prints how many runs there were, or the file that fails."""
+    """Never returns; libFuzzer prints how many runs there were, and we the file that fails."""
     import atheris
 
     with atheris.instrument_imports(include=["streammerge"]):
         import streammerge.planning.inputs  # all readers
         import streammerge.recipe  # noqa: F401
-    folder = Path(tempfile.mkdtemp())  # libFuzzer leaves there what made it fail
-    options = [
-        f"-max_total_time={int(seconds)}",
-        f"-artifact_prefix={folder}/",
-        "-print_final_stats=1",
-    ]
-    holds = target(kind, folder, lambda: None)
-    atheris.Setup([sys.argv[0], *options], holds.hypothesis.fuzz_one_input)
+    contents, check = contents_of(kind)
+    folder = Path(tempfile.mkdtemp())
+
+    def shown(raw: bytes) -> None:
+        try:
+            check(folder, raw)
+        except Exception:
+            print(f"the file: {raw!r}", file=sys.stderr)
+            raise
+
+    options = [f"-max_total_time={int(seconds)}", f"-artifact_prefix={folder}/"]
+    command = [sys.argv[0], *options, "-print_final_stats=1"]
+    atheris.Setup(command, as_test(contents, shown).hypothesis.fuzz_one_input)
     atheris.Fuzz()
 
 
