@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,15 @@ def test_where_the_bytes_lie(tmp_path: Path) -> None:
             expected = bytes(flat.tolist()) if flat is not None else b""
             assert pread(descriptor, extent.spec.nbytes, extent.offset) == expected, name
     assert header.tensors["shared"].offset == header.tensors["whole"].offset
+
+
+def test_links_are_followed_whatever_their_names(tmp_path: Path) -> None:
+    """As in a hub cache."""
+    (tmp_path / "blobs of it").mkdir()
+    blob = saved(tmp_path / "blobs of it", {"a": torch.ones(3)})
+    link = tmp_path / "it (1).bin"
+    link.symlink_to(blob)
+    assert read(link).tensors["a"] == replace(read(blob).tensors["a"], path=str(link))
 
 
 class Command:
