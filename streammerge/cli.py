@@ -66,7 +66,8 @@ def cli() -> None:
     type=click.Choice(["error", "keep"]),
     default="error",
     show_default=True,
-    help="What to do with values that are NaN or infinite.",
+    help="What to do with values that are NaN or infinite, where they are computed with; for what "
+    "is copied unread ask `verify --read-data`.",
 )
 @click.option(
     "--strict-bytes",
