@@ -189,7 +189,8 @@ _FOREIGN = (
     (
         rb"PK\x03\x04|\x80[\x02-\x05]",
         "a pickle of PyTorch (.bin, .pt)",
-        "convert it to safetensors; a pickle can run code and is not opened",
+        "convert it to safetensors, as a pickle can run code; or name it as the .bin that it is, "
+        "and --allow-pickle reads its tensors and nothing else",
     ),
     (rb"GGUF", "a GGUF file", "use the model's safetensors files instead"),
     (rb"\x1f\x8b", "a gzip archive", "unpack it with gunzip"),
