@@ -66,7 +66,8 @@ def cli() -> None:
     type=click.Choice(["error", "keep"]),
     default="error",
     show_default=True,
-    help="What to do with values that are NaN or infinite.",
+    help="What to do with values that are NaN or infinite, where they are computed with; for what "
+    "is copied unread ask `verify --read-data`.",
 )
 @click.option(
     "--strict-bytes",
@@ -362,7 +363,7 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     if options["seed"] is not None:
         changes["seed"] = options["seed"]
     if options["shard_size"] is not None:
-        changes["shard_bytes"] = parse_size(options["shard_size"])
+        changes["shard_bytes"] = parse_size(options["shard_size"], "--shard-size")
     return replace(recipe, **changes) if changes else recipe
 
 

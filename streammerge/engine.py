@@ -66,7 +66,7 @@ def plan(
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
-    budget = parse_size(memory) if isinstance(memory, str) else memory
+    budget = parse_size(memory, "--memory") if isinstance(memory, str) else memory
     warm_up(emit)
     made = None
     if recipe is not None:

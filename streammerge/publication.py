@@ -197,7 +197,8 @@ def write_companions(
             untied=plan.outline.untied,
             vocabulary=plan.outline.vocabulary,
         )
-        copy_donated(folder, donated(donor.path, plan.outline.tokenizer), donor.config, config)
+        given, digests = donated(donor.path, plan.outline.tokenizer), identity.inputs["donated"]
+        copy_donated(folder, given, digests, donor.config, config)
         write_index(folder, written.layouts)
     recipe_yaml = to_yaml(recipe, portable=True)
     folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]

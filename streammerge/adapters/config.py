@@ -133,8 +133,11 @@ def read_config(
 # ---------------------------------------------------------------------------------------- fields
 
 
+_MOST = 2**31  # of a rank: no tensor has so many rows, and a float holds it
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
 
 
 def _is_number(value: object) -> bool:
@@ -179,7 +182,10 @@ class _Fields:
         self._problems = problems
 
     def config(self) -> LoraConfig:
-        count, number = "a positive whole number", "a number, finite and of sensible size"
+        count, number = (
+            "a positive whole number below 2^31",
+            "a number, finite and of sensible size",
+        )
         adalora = self._adalora() if self._raw["peft_type"] == "ADALORA" else None
         return LoraConfig(
             r=self._take("r", 8, _is_count, count),
@@ -213,7 +219,7 @@ class _Fields:
             "names of lora_E, each with a list of true or false",
         )
         return AdaLora(
-            init_r=self._take("init_r", 12, _is_count, "a positive whole number"),
+            init_r=self._take("init_r", 12, _is_count, "a positive whole number below 2^31"),
             ranks={key.partition(".lora_E")[0]: sum(flags) for key, flags in kept.items()},
         )
 

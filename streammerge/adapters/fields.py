@@ -256,7 +256,7 @@ def refused_type(peft_type: object, where: str) -> BadInput | None:
         return BadInput(
             "`peft_type` does not say what kind of adapter this is",
             where=where,
-            found=show(peft_type),
+            found="nothing" if peft_type is None else show(peft_type),
             expected='"LORA" or "ADALORA"',
             remedy="save the adapter again with PEFT, which writes it",
         )

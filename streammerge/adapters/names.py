@@ -151,7 +151,7 @@ def _report_missing(
     trained_on = f"; it was trained on {show(named_base)}" if named_base else ""
     fault = Fault(
         f"names in the adapter that name no tensor of the base, out of {len(names)}",
-        "one change of leading parts, the same for all names, after which each is a tensor's",
+        "names of tensors of the base, but for one prefix that all of them have or lack",
         f"check that the adapter belongs to this base{trained_on}",
     )
     for place, name in enumerate(missing):

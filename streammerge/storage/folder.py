@@ -226,7 +226,7 @@ def _config(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(read_small(path), str(path), path.name)
+    return parse_json(read_small(path), str(path))
 
 
 def _config_and_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
