@@ -199,14 +199,14 @@ def alone(folder: Path) -> Iterator[Row]:
         yield Row(f"adapter {name}", "", None, accuracies(adapted, HELD_OUT))
 
 
-def methods() -> Iterator[tuple[str, dict[str, Any]]]:
+def methods(adapters: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every method that merges so many adapters, with what else the recipe says."""
     for name, spec in CATALOGUE.items():
         fewest, most = spec.models
-        if most is not None and most < len(TASKS):
+        if most is not None and most < adapters:
             continue
         required = [knob for knob in spec.shared.values() if knob.default is None]
-        if required or fewest > len(TASKS):
+        if required or fewest > adapters:
             continue
         if spec.space == "cores":
             yield name, {}
@@ -251,32 +251,45 @@ def merge(folder: Path, name: str, keys: Mapping[str, Any], scale: float | None)
     return folder / "merged" / label
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    lines = [TITLES, ["---"] * len(TITLES), *(row.cells() for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table(folder: Path, steps: int) -> list[list[str]]:
+    """The cells of all rows, each said when it is there."""
+    started = time.monotonic()
+    make_models(folder, steps)
+    print(f"trained in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    found = [TITLES]
+    made = (merged_row(folder, *one) for one in methods(len(TASKS)))
+    for row in chain(alone(folder), made):
+        found.append(row.cells())
+        print("  ".join(found[-1]), file=sys.stderr, flush=True)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500, help="of each adapter (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--demo", action="store_true", help="the demo's model and adapters instead")
     options = parser.parse_args(arguments)
     import torch
 
     torch.set_num_threads(1)  # the same numbers whatever the machine; and no slower at this size
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_models(folder, options.steps)
-        print(f"trained in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        rows = []
-        made = (merged_row(folder, *one) for one in methods())
-        for row in chain(alone(folder), made):
-            rows.append(row)
-            print("  ".join(row.cells()), file=sys.stderr, flush=True)
-    print(markdown(rows))
+    if options.demo:
+        import quality_demo
+
+        titles, *cells = quality_demo.table()
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            titles, *cells = table(Path(name), options.steps)
+    text = markdown(titles, cells)
+    print(text)
     if options.markdown:
-        options.markdown.write_text(markdown(rows))
+        options.markdown.write_text(text)
     print(f"{time.monotonic() - started:.0f} s in all", file=sys.stderr)
     return 0
 

@@ -19,6 +19,8 @@ from streammerge.commands.recompute import recompute
 from streammerge.commands.verify import verify
 from streammerge.errors import BadInput, ConfigError
 from streammerge.recipe import to_yaml
+from streammerge.sinks.receipts import Receipt
+from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.record import read_record
 from tests.oracles import low_rank as oracle
 from tests.oracles.dense import Exact
@@ -185,6 +187,29 @@ def test_stopped_around_the_cut_it_goes_on(
     report = sm.merge(recipe, out=tmp_path / "out", memory=MEMORY, threads=1)
     assert report.resumed_bytes == sm.plan(recipe, memory=MEMORY).demand.write_bytes
     assert report.read_bytes == 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 13, 27])
+def test_stopped_between_the_factors_it_goes_on(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    """Also where A is there and B is not: then B measures by itself."""
+    base = shelf.get("llama", make_llama)
+    other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
+    recipe = recipe_of(str(other), base=str(base), rank=5)
+    sm.merge(recipe, out=tmp_path / "whole", memory=MEMORY)
+    original, left = ShardsSink.record, iter(range(pieces))
+
+    def record(sink: ShardsSink, receipt: Receipt) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("a power cut")
+        original(sink, receipt)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a power cut"):
+        patch.setattr(ShardsSink, "record", record)
+        sm.merge(recipe, out=tmp_path / "out", memory=MEMORY, threads=1)
+    assert sm.merge(recipe, out=tmp_path / "out", memory=MEMORY).resumed_bytes > 0
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
