@@ -14,6 +14,7 @@ from test_adapter_output import beside, distance, llama, merge, updates
 from test_logits import CONV1D, MEMORY, TIGHT, logits
 
 import streammerge as sm
+from streammerge import events
 from streammerge.commands.extract import recipe_of
 from streammerge.commands.recompute import recompute
 from streammerge.commands.verify import verify
@@ -215,17 +216,27 @@ def test_stopped_between_the_factors_it_goes_on(
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_models_are_read_once_for_both_factors(
-    shelf: Shelf, tmp_path: Path, threads: int
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    """As often as the plan says: two looks for directions, and one along them."""
+    """As often as the plan says: two looks for directions, and one along them; and all of that is
+    what its progress counts."""
     base = shelf.get("llama", make_llama)
     other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
     recipe = recipe_of(str(other), base=str(base), rank=5)
     plan = sm.plan(recipe, memory=MEMORY, threads=threads)
+    told: list[events.Progress] = []
+    monkeypatch.setattr("streammerge.building.PROGRESS_SECONDS", 0)
     matrices = sum(v.nbytes for n, v in load(base).state_dict().items() if "proj" in n)
     assert plan.demand.read_bytes == 3 * 2 * matrices
-    report = sm.merge(recipe, out=tmp_path / "out", memory=MEMORY, threads=threads)
+    report = sm.merge(
+        recipe,
+        out=tmp_path / "out",
+        memory=MEMORY,
+        threads=threads,
+        emit=lambda event: told.append(event) if isinstance(event, events.Progress) else None,
+    )
     assert report.read_bytes == plan.demand.read_bytes
+    assert [one.done == one.total for one in told] == [False] * (len(told) - 1) + [True]
 
 
 def test_layers_that_store_their_weights_turned(shelf: Shelf, tmp_path: Path) -> None:
