@@ -69,6 +69,11 @@ class AdapterOutput:
     seed: int
     missed_share: float | None = None
 
+    @property
+    def sketched_rank(self) -> int:
+        """How many directions are looked for in the matrices that are sketched, at the most."""
+        return max((one.rank for one in self.factored if one.sketched), default=0)
+
     def of_ranks(self, ranks: Mapping[str, int]) -> AdapterOutput:
         """With the factors of some of the base's tensors cut to a rank."""
         cut = (one.of_rank(ranks.get(one.tensor, one.rank)) for one in self.factored)

@@ -186,7 +186,7 @@ def make_plan(
     seconds = predict_seconds(
         fit.demand,
         len(inputs.models),
-        _ranks(inputs),
+        _ranks(inputs) + (adapter.sketched_rank if adapter else 0),
         fit.flight.threads,
         recipe.method.nanoseconds,
     )
