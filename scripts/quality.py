@@ -158,10 +158,14 @@ def make_models(folder: Path, steps: int) -> None:
         adapted.save_pretrained(str(folder / name))
 
 
-def load(folder: Path) -> Any:
+def load(base: Path, other: Path | None = None) -> Any:
+    """A model; or another that came of it, itself or an adapter."""
+    from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(folder)
+    if other and (other / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), other)
+    return LlamaForCausalLM.from_pretrained(other or base)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -191,11 +195,9 @@ TITLES = ["method", "space", "lambda", *TASKS, "mean"]
 
 def alone(folder: Path) -> Iterator[Row]:
     """The base, and each adapter by itself."""
-    from peft import PeftModel
-
     yield Row("base", "", None, accuracies(load(folder / "base"), HELD_OUT))
     for name in TASKS:
-        adapted = PeftModel.from_pretrained(load(folder / "base"), folder / name)
+        adapted = load(folder / "base", folder / name)
         yield Row(f"adapter {name}", "", None, accuracies(adapted, HELD_OUT))
 
 
@@ -217,6 +219,19 @@ def methods(adapters: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "task_arithmetic", {"space": "core", "isotropize": True}
 
 
+def ranked(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Some methods as adapters of a rank: the nearest to the merge in core space; merged in it."""
+    for name in ("task_arithmetic", "ties", "tsv"):
+        for space in ("core", "compressed"):
+            yield name, {"space": space, "output": {"kind": "adapter", "rank": rank}}
+
+
+def label(name: str, keys: Mapping[str, Any]) -> str:
+    rank = keys.get("output", {}).get("rank")
+    more = ", isotropized" if keys.get("isotropize") else f", rank {rank}" if rank else ""
+    return name + more
+
+
 def core_differs(name: str) -> bool:
     """Whether core space gives something else than full space: where rows are looked at."""
     return CATALOGUE[name].returns == "rows" and not CATALOGUE[name].wants_base
@@ -228,11 +243,11 @@ def merged_row(folder: Path, name: str, keys: Mapping[str, Any]) -> Row:
     tried = {}
     for number in LAMBDAS if scale else (None,):
         out = merge(folder, name, keys, number)
-        tried[number] = sum(accuracies(load(out), CHOOSING))
+        tried[number] = sum(accuracies(load(folder / "base", out), CHOOSING))
     chosen = max(tried, key=lambda one: tried[one])
-    found = accuracies(load(merge(folder, name, keys, chosen)), HELD_OUT)
-    label = f"{name}, isotropized" if keys.get("isotropize") else name
-    return Row(label, keys.get("space", "core"), chosen, found)
+    out = merge(folder, name, keys, chosen)
+    found = accuracies(load(folder / "base", out), HELD_OUT)
+    return Row(label(name, keys), keys.get("space", "core"), chosen, found)
 
 
 def merge(folder: Path, name: str, keys: Mapping[str, Any], scale: float | None) -> Path:
@@ -244,11 +259,11 @@ def merge(folder: Path, name: str, keys: Mapping[str, Any], scale: float | None)
         "parameters": {} if scale is None else {"lambda": scale},
         **keys,
     }
-    label = "-".join([name, keys.get("space", ""), str(scale), str("isotropize" in keys)])
-    path = folder / f"{label}.yaml"
+    called = "-".join([label(name, keys), keys.get("space", ""), str(scale)])
+    path = folder / f"{called}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    sm.merge(path, out=folder / "merged" / label, memory=MEMORY)
-    return folder / "merged" / label
+    sm.merge(path, out=folder / "merged" / called, memory=MEMORY)
+    return folder / "merged" / called
 
 
 def markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -262,7 +277,8 @@ def table(folder: Path, steps: int) -> list[list[str]]:
     make_models(folder, steps)
     print(f"trained in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     found = [TITLES]
-    made = (merged_row(folder, *one) for one in methods(len(TASKS)))
+    wanted = chain(methods(len(TASKS)), ranked(RANK))
+    made = (merged_row(folder, *one) for one in wanted)
     for row in chain(alone(folder), made):
         found.append(row.cells())
         print("  ".join(found[-1]), file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ import yaml
 from demo_answers import TEXTS, Marker, answer, load
 from demo_model import make_base
 from peft import PeftModel
-from quality import MEMORY, PER_MODEL, methods
+from quality import MEMORY, PER_MODEL, label, methods, ranked
 from transformers import AutoTokenizer
 
 import streammerge as sm
@@ -29,9 +29,7 @@ import streammerge as sm
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / ".demo" / "smollm2-135m"
 ADAPTERS = ROOT / "configs" / "demo"
-# Of one adapter in a few directions; the two have ranks 8 and 4.
-COMPRESSED = {"space": "compressed", "output": {"kind": "adapter", "rank": 8}}
-COMPRESSED_METHODS = ("task_arithmetic", "ties")
+RANK = 4  # of a merge as one adapter; the two have 8 and 4
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,10 @@ def rows() -> Iterator[Row]:
     for name in ("ahoy", "otter"):
         adapted = PeftModel.from_pretrained(load(BASE), ADAPTERS / name)
         yield examiner.row(f"adapter {name}", "", adapted)
-    compressed = ((name, COMPRESSED) for name in COMPRESSED_METHODS)
-    for name, keys in (*methods(2), *compressed):
+    for name, keys in (*methods(2), *ranked(RANK)):
         with tempfile.TemporaryDirectory() as folder:
-            label = f"{name}, isotropized" if keys.get("isotropize") else name
-            yield examiner.row(label, keys.get("space", "core"), merged(Path(folder), name, keys))
+            model = merged(Path(folder), name, keys)
+            yield examiner.row(label(name, keys), keys.get("space", "core"), model)
 
 
 def merged(folder: Path, name: str, keys: Mapping[str, Any]) -> Any:
