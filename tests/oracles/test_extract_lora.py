@@ -125,6 +125,8 @@ def test_each_matrix_gets_the_least_rank_that_is_enough(
         best = int(np.flatnonzero(values.cumsum() >= (1 - share) * values.sum())[0]) + 1
         assert best <= one.rank <= best + 1
     ranks = {one.rank for one in record.approximations.values()}
+    span = f"ranks {min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"rank {max(ranks)}"
+    assert f"the factors, of {span}, miss " in done.stdout
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {config["r"], *config["rank_pattern"].values()} == ranks
     answer = beside(base, tmp_path / "out")
