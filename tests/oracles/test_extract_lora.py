@@ -113,6 +113,7 @@ def test_each_matrix_gets_the_least_rank_that_is_enough(
     other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
     done = run("extract-lora", other, "--base", base, *options, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert "every direction is looked for in 14 tensors: a `rank`" in done.stderr
     record, found = read_record(tmp_path / "out"), updates(tmp_path / "out")
     deltas = differences(base, other)
     assert record.approximations.keys() == deltas.keys()
@@ -143,6 +144,7 @@ def test_a_rank_is_then_the_most_there_may_be(shelf: Shelf, tmp_path: Path) -> N
     limits = ("--error", "0.01", "--rank", 4, "--out", tmp_path / "out")
     done = run("extract-lora", other, "--base", base, *limits)
     assert done.returncode == 0, done.stderr
+    assert "every direction" not in done.stderr
     assert "14 tensors miss more than 0.01 at the most rank allowed" in done.stderr
     assert {one.rank for one in read_record(tmp_path / "out").approximations.values()} == {4}
 
