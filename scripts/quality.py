@@ -293,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     import torch
 
-    torch.set_num_threads(1)  # the same numbers whatever the machine; and no slower at this size
+    torch.set_num_threads(1)  # the same numbers on any number of cores; no slower at this size
     started = time.monotonic()
     if options.demo:
         import quality_demo

@@ -95,7 +95,7 @@ class Examiner:
 
 def rows() -> Iterator[Row]:
     """Of the base, of each adapter by itself, and of every merge of the two."""
-    torch.set_num_threads(1)  # the same numbers whatever the machine
+    torch.set_num_threads(1)  # the same numbers on any number of cores
     make_base(BASE)
     examiner = Examiner()
     yield examiner.row("base", "", load(BASE))
