@@ -88,15 +88,15 @@ def add_up(jobs: Iterable[Job]) -> Demand:
 
 def _add_merge(demand: Demand, job: MergeJob) -> None:
     merged = job.merged
-    whole = Tile(0, merged.spec.rows)
+    whole, measured = Tile(0, merged.spec.rows), merged.measured
     waves = merged.waves()
     reads = 1 + len(waves)
     demand.merged_tensors += 1
     read_bytes = merged.once_bytes + merged.merge_bytes(whole)
-    read_bytes += sum(merged.measure_bytes(whole, names) for names in waves)
-    demand.tile_reads += reads * merged.spec.numel
-    measured = merged.spec.numel * job.target.spec.dtype.itemsize
-    demand.progress_bytes += job.target.spec.nbytes + len(waves) * measured
+    read_bytes += sum(merged.measure_bytes(Tile(0, measured.rows), names) for names in waves)
+    demand.tile_reads += merged.spec.numel + len(waves) * measured.numel
+    of_a_wave = measured.numel * job.target.spec.dtype.itemsize
+    demand.progress_bytes += job.target.spec.nbytes + len(waves) * of_a_wave
     demand.most_reads = max(demand.most_reads, reads)
     demand.spill.add(job.choices)
     spilled = sum(choice.nbytes for choice in job.choices if choice.spilled)
@@ -142,7 +142,7 @@ def spilled_at_once(demand: Demand, window: int, *, keep: bool) -> int:
 def _samples(merged: Merged) -> dict[Tile, list[str]]:
     """The thinned tiles that the first folds of the method want to see, and which folds."""
     merged = merged.merged if isinstance(merged, Prepared) else merged
-    tiles = grid.tiles(merged.spec)
+    tiles = grid.tiles(merged.measured)
     found: dict[Tile, list[str]] = {}
     for name, fold in merged.start(0, {}).items():
         for tile in () if isinstance(fold, StatisticValue) else fold.wants(tiles):

@@ -174,6 +174,7 @@ def make_plan(
     problems.raise_any()
     adapter = adapter_output(recipe, inputs, outline, fit_of) if fit_of else None
     warnings += fit_of.warnings() if fit_of else []
+    notes += adapter.notes() if adapter else []
     layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
     layouts = (adapter.layout(),) if adapter else layouts
     store = SpillStore(spill.cache, keep=spill.keep)
@@ -187,7 +188,7 @@ def make_plan(
     seconds = predict_seconds(
         fit.demand,
         len(inputs.models),
-        _ranks(inputs),
+        _ranks(inputs) + (adapter.sketched_rank if adapter else 0),
         fit.flight.threads,
         recipe.method.nanoseconds,
     )
