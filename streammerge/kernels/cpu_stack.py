@@ -13,7 +13,7 @@ _i64 = types.int64
 _rows = types.float32[:, ::1]
 
 # Elements per inner block: three models of it stay in the L1 cache.
-BLOCK = 512
+BLOCK = 1024
 
 # How `elect` decides a sign, and what it divides by.
 WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
@@ -36,6 +36,50 @@ def _add_votes(vote, w, row, mode):  # [n], scalar, [n], scalar
             vote[i] += one if d > zero else (-one if d < zero else d)  # NaN stays, to be found
 
 
+@njit(types.void(_f32, _f32), cache=CACHED, nogil=True)
+def _settle(vote, total):  # [n], [n]
+    """The vote becomes 1 or -1, the total nothing; NaN where a delta is not finite, to be found."""
+    one = np.float32(1)
+    for i in range(vote.size):
+        total[i] = vote[i] - vote[i]
+        vote[i] = one if vote[i] >= np.float32(0) else -one
+
+
+@njit(
+    types.void(_f32, _f32, _f32, types.float32, types.float64, _i64, _f64),
+    cache=CACHED,
+    nogil=True,
+)
+def _add_agreeing(total, vote, row, w, share, mode, divisor):  # [n] three times, -, -, -, [n]
+    """Add one model where it agrees with the settled vote, and its share to the divisor."""
+    zero = np.float32(0)
+    for i in range(row.size):
+        d = w * row[i]
+        side = row[i] if mode == UNWEIGHTED else d
+        agrees = side * vote[i] > zero
+        total[i] += d if agrees else zero
+        divisor[i] += share if agrees else 0.0
+
+
+@njit(
+    types.void(_f32, _f64, _i64, types.float64, types.float32, _f32),
+    cache=CACHED,
+    nogil=True,
+    error_model="numpy",  # what might raise ZeroDivisionError is not vectorised
+)
+def _divide(total, divisor, by, least, scale, out):  # [n], [n], -, -, -, [n]
+    if by == BY_NONE:
+        for i in range(out.size):
+            out[i] = scale * total[i]
+    elif least > 0.0:
+        for i in range(out.size):
+            out[i] = scale * (total[i] / np.float32(max(divisor[i], least)))
+    else:
+        for i in range(out.size):
+            divide = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
+            out[i] = scale * (total[i] / np.float32(divide))
+
+
 @njit(
     types.void(_rows, _f64, _i64, _i64, types.float64, types.float32, _f32),
     cache=CACHED,
@@ -48,39 +92,23 @@ def elect(deltas, weights, mode, by, least, scale, out):  # [models, n], [models
     divisor of nothing is 1; where `least` is above zero, a smaller one is `least`.
     """
     models, n = deltas.shape
-    vote = np.empty(BLOCK, np.float32)
-    total = np.empty(BLOCK, np.float32)
-    divisor = np.empty(BLOCK, np.float64)
-    zero = np.float32(0)
+    votes = np.empty(BLOCK, np.float32)
+    totals = np.empty(BLOCK, np.float32)
+    divisors = np.empty(BLOCK, np.float64)
     for start in range(0, n, BLOCK):
-        size = min(BLOCK, n - start)
-        for i in range(size):
-            vote[i] = zero
-            divisor[i] = 0.0
+        stop = min(start + BLOCK, n)
+        size = stop - start
+        vote, total, divisor = votes[:size], totals[:size], divisors[:size]
+        vote[:] = np.float32(0)
+        divisor[:] = 0.0
         for m in range(models):
-            _add_votes(vote[:size], np.float32(weights[m]), deltas[m, start : start + size], mode)
-        for i in range(size):
-            total[i] = vote[i] - vote[i]  # nothing; NaN where a delta is not finite, to be found
+            _add_votes(vote, np.float32(weights[m]), deltas[m, start:stop], mode)
+        _settle(vote, total)
         for m in range(models):
+            row, w = deltas[m, start:stop], np.float32(weights[m])
             share = 1.0 if by == BY_COUNT else weights[m]
-            w = np.float32(weights[m])
-            row = deltas[m, start : start + size]
-            for i in range(size):
-                d = w * row[i]
-                side = row[i] if mode == UNWEIGHTED else d
-                agrees = (side > zero) if vote[i] >= zero else (side < zero)
-                total[i] += d if agrees else zero
-                divisor[i] += share if agrees else 0.0
-        if by == BY_NONE:
-            for i in range(size):
-                out[start + i] = scale * total[i]
-        elif least > 0.0:
-            for i in range(size):
-                out[start + i] = scale * (total[i] / np.float32(max(divisor[i], least)))
-        else:
-            for i in range(size):
-                divide = 1.0 if abs(divisor[i]) < 1e-8 else divisor[i]
-                out[start + i] = scale * (total[i] / np.float32(divide))
+            _add_agreeing(total, vote, row, w, share, mode, divisor)
+        _divide(total, divisor, by, least, scale, out[start:stop])
 
 
 @njit(types.void(_rows, _i64, _f32), cache=CACHED, nogil=True)
