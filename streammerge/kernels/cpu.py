@@ -4,6 +4,10 @@ The signatures are explicit, so that importing compiles everything (or loads it 
 cache) and nothing is compiled in the middle of a merge. No loop allocates: buffers belong to the
 caller. No `fastmath` on values that reach the output: its bits must not depend on the build.
 
+Helpers of these loops have no signature: they are compiled with who calls them, and need not be
+loaded. `error_model="numpy"` is for divisors that are not zero: a loop that might raise
+ZeroDivisionError is not vectorised.
+
 bfloat16 is carried as raw `uint16` bits, since numpy has no such type.
 """
 
@@ -124,12 +128,7 @@ def add_scaled(out, factor, rows):  # [n], scalar, [n]
         out[i] += factor * rows[i]
 
 
-@njit(
-    _i64(_u32, _i64, _i64, types.uint32, types.uint32, _u32, _i64),
-    cache=CACHED,
-    nogil=True,
-    inline="always",
-)
+@njit(nogil=True, inline="always")
 def _collect(bits, start, stop, low, width, found, inside):  # [n], scalars, [>= n], scalar
     """Write the keys in `[low, low + width)` behind the `inside` first; how many there are now."""
     for i in range(start, stop):
@@ -217,7 +216,7 @@ def drop_largest(rows, threshold, quota):  # [n], scalar, scalar
             bits[i] = np.uint32(0)
 
 
-@njit(types.uint64(types.uint64, types.uint64), cache=CACHED, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def _drawn(key, index):  # scalar, scalar
     """53 random bits of an element; see `noise.uniform`."""
     z = key + GOLDEN * (index + np.uint64(1))
@@ -240,7 +239,7 @@ DIGIT, LAST_DIGIT = 1 << 11, 1 << 9
 _LOW_BITS, _SHIFT, _LAST_SHIFT = np.uint32(DIGIT - 1), np.uint32(11), np.uint32(22)
 
 
-@njit(types.void(_u32), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _starts(counts):  # [digits]
     """How many of each digit there are becomes where the first of each goes."""
     total = np.uint32(0)
@@ -281,12 +280,7 @@ def rank(row, ranks, columns, counts):  # [cols] three times, [2 * DIGIT + LAST_
         high[digit] += np.uint32(1)
 
 
-@njit(
-    types.void(_f32, _u32, types.uint64, types.uint64, types.float64, types.float64, types.boolean),
-    cache=CACHED,
-    nogil=True,
-    error_model="numpy",  # what might raise ZeroDivisionError is not vectorised
-)
+@njit(nogil=True, error_model="numpy")
 def _drop_by_share(row, ranks, key, first, low, high, divide):  # [cols], [cols], scalars
     last = max(1, row.size - 1)
     for c in range(row.size):

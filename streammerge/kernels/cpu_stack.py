@@ -21,7 +21,7 @@ WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
 BY_NONE, BY_WEIGHTS, BY_COUNT = 0, 1, 2
 
 
-@njit(types.void(_f32, types.float32, _f32, _i64), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _add_votes(vote, w, row, mode):  # [n], scalar, [n], scalar
     """Add one model's vote to each element."""
     zero, one = np.float32(0), np.float32(1)
@@ -37,7 +37,7 @@ def _add_votes(vote, w, row, mode):  # [n], scalar, [n], scalar
             vote[i] += one if d > zero else (-one if d < zero else d)  # NaN stays, to be found
 
 
-@njit(types.void(_f32, _f32), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _settle(vote, total):  # [n], [n]
     """The vote becomes 1 or -1, the total nothing; NaN where a delta is not finite, to be found."""
     one = np.float32(1)
@@ -46,11 +46,7 @@ def _settle(vote, total):  # [n], [n]
         vote[i] = one if vote[i] >= np.float32(0) else -one
 
 
-@njit(
-    types.void(_f32, _f32, _f32, types.float32, types.float64, _i64, _f64),
-    cache=CACHED,
-    nogil=True,
-)
+@njit(nogil=True)
 def _add_agreeing(total, vote, row, w, share, mode, divisor):  # [n] three times, -, -, -, [n]
     """Add one model where it agrees with the settled vote, and its share to the divisor."""
     zero = np.float32(0)
@@ -62,12 +58,7 @@ def _add_agreeing(total, vote, row, w, share, mode, divisor):  # [n] three times
         divisor[i] += share if agrees else 0.0
 
 
-@njit(
-    types.void(_f32, _f64, _i64, types.float64, types.float32, _f32),
-    cache=CACHED,
-    nogil=True,
-    error_model="numpy",  # what might raise ZeroDivisionError is not vectorised
-)
+@njit(nogil=True, error_model="numpy")
 def _divide(total, divisor, by, least, scale, out):  # [n], [n], -, -, -, [n]
     if by == BY_NONE:
         for i in range(out.size):
@@ -112,7 +103,7 @@ def elect(deltas, weights, mode, by, least, scale, out):  # [models, n], [models
         _divide(total, divisor, by, least, scale, out[start:stop])
 
 
-@njit(types.void(_f32, _f64, _f64), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _add_square_off(row, mean, total):  # [n] three times
     for i in range(row.size):
         off = np.float64(row[i]) - mean[i]
@@ -155,13 +146,13 @@ def zero_below(rows, marks, least):  # [n], [n], scalar
         rows[i] = np.float32(0) if np.float64(marks[i]) < least else rows[i]
 
 
-@njit(types.void(_f32, types.float32, _u32), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _count_above(row, epsilon, there):  # [n], scalar, [n]
     for i in range(row.size):
         there[i] += np.uint32(1) if abs(row[i]) > epsilon else np.uint32(0)
 
 
-@njit(_i64(_f32, types.float32, _u32), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _shared(row, epsilon, there):  # [n], scalar, [n]
     """How many elements are above epsilon where more than one is."""
     count = np.uint32(0)  # of a block
@@ -191,7 +182,7 @@ def count_contributions(deltas, epsilon, counts):  # [models, n], scalar, [2 * m
             counts[models + m] += np.int64(own.sum()) - shared
 
 
-@njit(types.void(_f32, types.float32, types.float32, _f32, _f32), cache=CACHED, nogil=True)
+@njit(nogil=True)
 def _add_above(row, epsilon, alone, total, factor):  # [n], scalar, scalar, [n], [n]
     """Add what is above epsilon; the factor is then that of its model."""
     for i in range(row.size):
