@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -433,6 +434,13 @@ def main() -> None:
         if opened > 2:
             os.close(opened)
             break
+    try:
+        _run()
+    finally:
+        gc.freeze()  # Python, when it ends, would look for garbage among all there is, for 0.3 s
+
+
+def _run() -> None:
     as_json = any(a == "--log-format=json" or b == ("--log-format", "json") for a, b in _pairs())
     try:
         cli.main(prog_name="streammerge", standalone_mode=False)
