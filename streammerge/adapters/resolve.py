@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from streammerge.adapters.config import LoraConfig
@@ -17,7 +18,6 @@ from streammerge.adapters.pairs import Pair
 from streammerge.adapters.saved import Replacements, gather
 from streammerge.errors import BadInput, Problems
 from streammerge.storage.smallfile import show
-from streammerge.storage.ties import Tie
 from streammerge.words import Addition, Extent, Factors, Update
 
 _NO_BIAS: Final = Fault(
@@ -41,13 +41,13 @@ def resolve_adapter(
     folder: AdapterFolder,
     base: Mapping[str, Extent],
     base_config: Mapping[str, Any],
-    tie: Tie | None = None,
+    ties: Mapping[str, str] = MappingProxyType({}),
 ) -> ResolvedAdapter:
     """Find the base tensor of every tensor of an adapter, and check that each fits.
 
-    `base` is the base's tensors in file order, `base_config` its config.json, and `tie` says which
-    of them are one. Raises BadInput, or Refused with every kind of problem, unless all tensors of
-    the adapter can be applied.
+    `base` is the base's tensors in file order, `base_config` its config.json, and `ties` says
+    which of them are others of them. Raises BadInput, or Refused with every kind of problem, unless
+    all tensors of the adapter can be applied.
     """
     findings = Findings(folder.header.path)
     contents = sort_tensors(folder.header.tensors, findings)
@@ -61,8 +61,8 @@ def resolve_adapter(
     for name, tensor in tensors.items():
         if name in saved:
             replacements.add(name, saved[name], base[tensor])
-    if tie is not None:
-        replacements.share(tie.embedding, tie.head)
+    for name, of in ties.items():
+        replacements.share(of, name)
     named = zip(pairs, weights, strict=True)
     found = ((pair, tensors[weight]) for pair, weight in named if weight in tensors)
     targets = [(pair, replacements.target(base[tensor])) for pair, tensor in found]

@@ -15,7 +15,7 @@ from typing import Final
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.copies import same_values
 from streammerge.adapters.faults import Fault, Findings
-from streammerge.storage.ties import is_vocabulary
+from streammerge.storage.heads import is_vocabulary
 from streammerge.words import Extent, Replacement, TensorSpec, Update
 
 _TOKENS: Final = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")

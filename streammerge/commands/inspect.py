@@ -137,7 +137,7 @@ def _config(folder: AdapterFolder) -> dict[str, Any]:
 def _on_base(folder: AdapterFolder, base: str, problems: Problems) -> dict[str, Any]:
     try:
         model = open_model(resolve(base, None, [Path.cwd()]))
-        found = resolve_adapter(folder, model.tensors, model.config, model.tie)
+        found = resolve_adapter(folder, model.tensors, model.config, model.ties)
     except StreammergeError as problem:
         problems.add(problem)
         return {"base": base, "touches": []}

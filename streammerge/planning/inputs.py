@@ -99,7 +99,7 @@ class _Opener:
         folder = self._try(opened, entry.adapter)
         if folder is None or model is None:
             return None
-        resolved = lambda: resolve_adapter(folder, model.tensors, model.config, model.tie)  # noqa: E731
+        resolved = lambda: resolve_adapter(folder, model.tensors, model.config, model.ties)  # noqa: E731
         return self._try(resolved, entry.adapter)
 
     def _try(self, action: Callable[[], _T], reference: Reference) -> _T | None:

@@ -15,8 +15,8 @@ from streammerge.planning.inputs import Inputs, Model
 from streammerge.planning.outline import Outline
 from streammerge.recipe import Recipe
 from streammerge.storage.donated import tokenizer_files
+from streammerge.storage.heads import is_vocabulary
 from streammerge.storage.smallfile import read_small
-from streammerge.storage.ties import is_vocabulary
 from streammerge.words import Dora, Replacement, Update
 
 _TRAIN_AGAIN = (

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
 from streammerge.storage.header import Header, read_header
 from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
-from streammerge.storage.ties import Tie, find_tie
+from streammerge.storage.ties import find_ties
 from streammerge.words import FLOAT_NAMES, DType, Extent
 
 CONFIG = "config.json"
@@ -69,7 +69,7 @@ class ModelFolder:
     tensors: Mapping[str, Extent]  # a tied head among them, whether it is stored or not
     config: Mapping[str, Any]  # empty when there is no config.json
     notes: tuple[str, ...]  # what is unusual and harmless, one line each
-    tie: Tie | None = None
+    ties: Mapping[str, str] = field(default_factory=dict)  # tensor -> the one that it seems to be
 
     def stored(self, name: str) -> bool:
         """Whether a tensor lies in a file under this name."""
@@ -96,9 +96,9 @@ def open_model(path: Path) -> ModelFolder:
     for shard in shards:
         _check_dtypes(shard, problems)
     problems.raise_any()
-    tie = find_tie(FolderTensors(shards), config)
-    tensors = FolderTensors(shards, tie.reads if tie else None)
-    return ModelFolder(path, tuple(shards), tensors, config, tuple(notes), tie)
+    ties = find_ties(FolderTensors(shards), config)
+    tensors = FolderTensors(shards, ties)
+    return ModelFolder(path, tuple(shards), tensors, config, tuple(notes), ties)
 
 
 def shard_names(count: int) -> tuple[str, ...]:

@@ -1,0 +1,158 @@
+"""Adapters on many architectures, each for what is particular about it.
+
+Names of what is tied, more than two tensors that are one, fused weights, embeddings that are scaled
+or projected, patches of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from adapter_case import Case
+from other_models import save_new
+from peft_models import VOCABULARY
+
+
+def make(kind: str, folder: Path, **fields: Any) -> Path:
+    """A new model of a class of transformers, with a few numbers of its config."""
+    import transformers
+
+    config = getattr(transformers, kind).config_class(**fields)
+    return save_new(kind, config, folder, "float32")
+
+
+_SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+}
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+_ENCODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "embedding_size": 12,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_heads": 2,
+}
+
+MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
+    "T5": partial(make, "T5ForConditionalGeneration", **_T5),
+    "BART": partial(make, "BartForConditionalGeneration", **_SEQ2SEQ),
+    "OPT": partial(
+        make,
+        "OPTForCausalLM",
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=12,  # so that project_in and project_out stand between
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ),
+    "Mamba": partial(
+        make,
+        "MambaForCausalLM",
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=1,
+    ),
+    "Phi-3": partial(make, "Phi3ForCausalLM", **_DECODER),
+    "Gemma": partial(make, "GemmaForCausalLM", **_DECODER, head_dim=8),
+    "ELECTRA": partial(make, "ElectraForMaskedLM", **_ENCODER),
+    "Llama with a score": partial(make, "LlamaForSequenceClassification", **_DECODER, num_labels=3),
+    "ViT": partial(
+        make,
+        "ViTForImageClassification",
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+        num_labels=3,
+    ),
+}
+
+_TIED = "LoRA on tied weights"
+ARCHITECTURES = (
+    Case(_TIED, "T5", {"target_modules": ["q", "shared"]}, tied=False, remark="what all share"),
+    Case(
+        _TIED,
+        "T5",
+        {"target_modules": ["encoder.embed_tokens", "decoder.embed_tokens"]},
+        remark="the encoder's and the decoder's",
+    ),
+    Case(_TIED, "T5", {"target_modules": ["lm_head", "v"]}, tied=False, remark="the head"),
+    Case("LoRA", "T5", {"target_modules": ["q", "v", "wo"]}, tied=True),
+    Case(
+        _TIED,
+        "BART",
+        {"target_modules": ["encoder.embed_tokens", "decoder.embed_tokens", "q_proj"]},
+        tied=False,
+        remark="the encoder's and the decoder's",
+    ),
+    Case(_TIED, "BART", {"target_modules": ["lm_head", "fc1"]}, tied=False, remark="the head"),
+    Case("LoRA", "BART", {"target_modules": ["q_proj", "fc2"]}, tied=True),
+    Case(_TIED, "OPT", {"target_modules": ["embed_tokens"]}, tied=False, remark="the embedding"),
+    Case(
+        _TIED, "OPT", {"target_modules": ["lm_head", "project_out"]}, tied=False, remark="the head"
+    ),
+    Case(_TIED, "Mamba", {"target_modules": ["embeddings"]}, tied=False, remark="the embedding"),
+    Case("LoRA", "Mamba", {"target_modules": ["in_proj", "x_proj"]}, tied=True),
+    Case("LoRA", "Phi-3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    Case("DoRA", "Phi-3", {"target_modules": ["qkv_proj"], "use_dora": True}),
+    Case(_TIED, "Gemma", {"target_modules": ["embed_tokens"]}, tied=False, remark="the embedding"),
+    Case(
+        "trainable tokens of tied weights",
+        "Gemma",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [90, 3]},
+        tied=True,
+    ),
+    Case(
+        _TIED,
+        "ELECTRA",
+        {"target_modules": ["word_embeddings"]},
+        tied=False,
+        remark="the embedding",
+    ),
+    Case(
+        "modules_to_save",
+        "Llama with a score",
+        {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["score"]},
+    ),
+    Case("LoRA", "ViT", {"target_modules": "all-linear"}),
+    Case("LoRA on a convolution", "ViT", {"target_modules": ["projection"]}, remark="of patches"),
+    Case(
+        "modules_to_save",
+        "ViT",
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]},
+    ),
+)
