@@ -180,7 +180,9 @@ class _Fields:
 
     def config(self) -> LoraConfig:
         count, number = "a positive whole number", "a number, finite and of sensible size"
-        adalora = self._adalora() if self._raw["peft_type"] == "ADALORA" else None
+        kind = self._raw["peft_type"]
+        adalora = self._adalora() if kind == "ADALORA" else None
+        tokens = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
         return LoraConfig(
             r=self._take("r", 8, _is_count, count),
             alpha=self._take("lora_alpha", 8.0, _is_number, number),
@@ -195,7 +197,7 @@ class _Fields:
             kasa=not is_off(self._raw.get("kasa_config")),
             adalora=adalora,
             bias=self._take("bias", "none", _is_bias, "none, all or lora_only"),
-            trainable_token_indices=self._tokens(),
+            trainable_token_indices=self._tokens(tokens),
             base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
             peft_version=self._take("peft_version", None, _is_name, "a version"),
             residual=tuple(extra.field for extra in asked_extras(self._raw) if extra.residual),
@@ -237,10 +239,10 @@ class _Fields:
             self._refuse(key, f"{error.pattern!r}: {error}", "regular expressions on module names")
             return Patterns()
 
-    def _tokens(self) -> dict[str, tuple[int, ...]]:
+    def _tokens(self, key: str) -> dict[str, tuple[int, ...]]:
         expected = "row numbers from 0 on, or a list of them for each module"
         none: dict[str, list[int]] | list[int] | None = None
-        value = self._take("trainable_token_indices", none, _are_tokens, expected)
+        value = self._take(key, none, _are_tokens, expected)
         named = value if isinstance(value, dict) else {"": value or []}
         return {name: tuple(rows) for name, rows in named.items() if rows}
 

@@ -45,7 +45,8 @@ _OTHER_KIND: Final = Fault(
 )
 _NO_ROWS: Final = Fault(
     "trainable tokens whose rows adapter_config.json does not give",
-    "as many numbers in `trainable_token_indices` as the file holds rows, each once, of the tensor",
+    "as many row numbers in `trainable_token_indices`, or `token_indices`, as the file holds rows, "
+    "each once, of the tensor",
     _SAVE_AGAIN,
 )
 

@@ -49,13 +49,14 @@ def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> An
     Whatever PEFT would train is moved by random values, since it starts where the base is.
     """
     import torch
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, TrainableTokensConfig, get_peft_model
 
     torch.manual_seed(seed)
     model = load_any(model_folder)
     if case.change:
         case.change(model)
-    kind = AdaLoraConfig if "init_r" in case.config else LoraConfig
+    kinds = {"init_r": AdaLoraConfig, "token_indices": TrainableTokensConfig}
+    kind = next((kind for field, kind in kinds.items() if field in case.config), LoraConfig)
     model = get_peft_model(model, kind(**case.config))
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -151,6 +151,20 @@ REPLACING = (
 )
 
 
+TOKENS = (
+    Case("trainable tokens by themselves", "Llama", {"token_indices": [90, 3, 41]}),
+    Case("trainable tokens by themselves", "tied Llama", {"token_indices": [90, 3]}, tied=True),
+    Case(
+        "trainable tokens by themselves",
+        "tied Llama",
+        {"token_indices": [7], "target_modules": ["lm_head"]},
+        tied=False,
+        remark="of the head",
+    ),
+    Case("trainable tokens by themselves", "T5", {"token_indices": [7, 90]}, tied=True),
+)
+
+
 def _tied(
     kind: str, remark: str, *models: str, still: bool = False, **config: Any
 ) -> tuple[Case, ...]:
@@ -439,4 +453,4 @@ NAMES = (
     ),
 )
 
-CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TIED, *BERT, *ARCHITECTURES, *LARGER, *NAMES)
+CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TOKENS, *TIED, *BERT, *ARCHITECTURES, *LARGER, *NAMES)
