@@ -215,7 +215,8 @@ def output_config(
 
     Both `dtype` and the older `torch_dtype` are set where they stand, in nested configs too.
     `untied` says that the head has a weight of its own now, and `vocabulary` how many words there
-    are now: in the config and in that of the text model in it, whichever of the two counts.
+    are now: in the config and in that of the text model in it, whichever of the two counts. A
+    decoder within a model that has a config of its own is told, too, that it is untied.
     `_name_or_path` is left out: it may be a path of the machine where the model was trained.
     """
     names = {float_dtype: name for name, float_dtype in FLOAT_NAMES.items()}
@@ -225,9 +226,11 @@ def output_config(
         if dtype is not None:
             part.update({key: names[dtype] for key in ("dtype", "torch_dtype") if key in part})
     text = result.get("text_config")
-    for part in [result, *([text] if isinstance(text, dict) else [])]:
-        if untied:
+    if untied:
+        inner = (part for part in result.values() if isinstance(part, dict))
+        for part in [result, *(one for one in inner if one is text or "vocab_size" in one)]:
             part["tie_word_embeddings"] = False
+    for part in [result, *([text] if isinstance(text, dict) else [])]:
         if vocabulary is not None and "vocab_size" in part:
             part["vocab_size"] = vocabulary
     return result

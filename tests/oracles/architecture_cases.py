@@ -24,6 +24,16 @@ def make(kind: str, folder: Path, **fields: Any) -> Path:
     return save_new(kind, config, folder, "float32")
 
 
+def make_encoder_decoder(folder: Path) -> Path:
+    """BERT and GPT-2 put together: the decoder ties its own head, and its own config says so."""
+    from transformers import BertConfig, EncoderDecoderConfig, GPT2Config
+
+    encoder = BertConfig(**_ENCODER)
+    decoder = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    return save_new("EncoderDecoderModel", config, folder, "float32")
+
+
 _SEQ2SEQ: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 16,
@@ -87,6 +97,7 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     "Phi-3": partial(make, "Phi3ForCausalLM", **_DECODER),
     "Gemma": partial(make, "GemmaForCausalLM", **_DECODER, head_dim=8),
     "ELECTRA": partial(make, "ElectraForMaskedLM", **_ENCODER),
+    "BERT and GPT-2": make_encoder_decoder,
     "Llama with a score": partial(make, "LlamaForSequenceClassification", **_DECODER, num_labels=3),
     "ViT": partial(
         make,
@@ -142,6 +153,12 @@ ARCHITECTURES = (
         {"target_modules": ["word_embeddings"]},
         tied=False,
         remark="the embedding",
+    ),
+    Case(
+        _TIED,
+        "BERT and GPT-2",
+        {"target_modules": ["wte", "query"]},
+        remark="the decoder's embedding",
     ),
     Case(
         "modules_to_save",
