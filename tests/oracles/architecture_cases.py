@@ -72,6 +72,15 @@ _T5: dict[str, Any] = {
     "num_heads": 2,
 }
 
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
 MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     "T5": partial(make, "T5ForConditionalGeneration", **_T5),
     "BART": partial(make, "BartForConditionalGeneration", **_SEQ2SEQ),
@@ -99,15 +108,11 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     "ELECTRA": partial(make, "ElectraForMaskedLM", **_ENCODER),
     "BERT and GPT-2": make_encoder_decoder,
     "Llama with a score": partial(make, "LlamaForSequenceClassification", **_DECODER, num_labels=3),
+    "SigLIP": partial(make, "SiglipVisionModel", **_VISION),
     "ViT": partial(
         make,
         "ViTForImageClassification",
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=64,
-        patch_size=16,
+        **_VISION,
         num_labels=3,
     ),
 }
@@ -164,6 +169,12 @@ ARCHITECTURES = (
         "modules_to_save",
         "Llama with a score",
         {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["score"]},
+    ),
+    Case(
+        "LoRA on torch.nn.MultiheadAttention",
+        "SigLIP",
+        {"target_modules": ["head.attention", "q_proj"]},
+        refused="PEFT up to 0.21.2 adds that of `out_proj` twice",
     ),
     Case("LoRA", "ViT", {"target_modules": "all-linear"}),
     Case("LoRA on a convolution", "ViT", {"target_modules": ["projection"]}, remark="of patches"),
