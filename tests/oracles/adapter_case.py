@@ -14,8 +14,10 @@ class Case:
     """An adapter of one kind on one model.
 
     `config` is given to `LoraConfig`. `change` alters the model before it is trained, `spoil` the
-    folder after it was saved. `refused` is a phrase of the refusal; None where it is merged. `tied`
-    says whether the merged model's head must still be its embedding.
+    folder after it was saved. `write` writes an adapter to a model's folder that this release of
+    transformers no longer trains, with that config; PEFT reads it. `refused` is a phrase of the
+    refusal; None where it is merged. `tied` says whether the merged model's head must still be its
+    embedding.
     """
 
     kind: str
@@ -23,6 +25,7 @@ class Case:
     config: Mapping[str, Any]
     change: Callable[[Any], None] | None = None
     spoil: Callable[[Path], None] | None = None
+    write: Callable[[Path, Path, Mapping[str, Any]], None] | None = None
     refused: str | None = None
     tied: bool | None = None
     remark: str = ""
@@ -49,10 +52,13 @@ def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> An
     Whatever PEFT would train is moved by random values, since it starts where the base is.
     """
     import torch
-    from peft import AdaLoraConfig, LoraConfig, TrainableTokensConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 
     torch.manual_seed(seed)
     model = load_any(model_folder)
+    if case.write:
+        case.write(model_folder, out_folder, case.config)
+        return PeftModel.from_pretrained(model, out_folder).eval()
     if case.change:
         case.change(model)
     kinds = {"init_r": AdaLoraConfig, "token_indices": TrainableTokensConfig}

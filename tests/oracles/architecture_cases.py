@@ -6,14 +6,17 @@ or projected, patches of images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from adapter_case import Case
 from other_models import save_new
 from peft_models import VOCABULARY
+from safetensors.numpy import load_file, save_file
 
 
 def make(kind: str, folder: Path, **fields: Any) -> Path:
@@ -32,6 +35,31 @@ def make_encoder_decoder(folder: Path) -> Path:
     decoder = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2)
     config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     return save_new("EncoderDecoderModel", config, folder, "float32")
+
+
+def write_on_each_expert(
+    model_folder: Path, out_folder: Path, config: Mapping[str, Any], seed: int = 5
+) -> None:
+    """An adapter of transformers 4, in which each expert has layers of its own, as files have."""
+    numbers = np.random.default_rng(seed)
+    ends = tuple(f"{module}.weight" for module in config["target_modules"])
+    factors = {}
+    for name, (out, inner) in shapes_of(model_folder).items():
+        if name.endswith(ends):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            for part, shape in (("A", (config["r"], inner)), ("B", (out, config["r"]))):
+                values = 0.3 * numbers.standard_normal(shape)
+                factors[f"{key}.lora_{part}.weight"] = values.astype(np.float32)
+    out_folder.mkdir()
+    save_file(factors, out_folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(model_folder), **config}
+    (out_folder / "adapter_config.json").write_text(json.dumps(told))
+
+
+def shapes_of(model_folder: Path) -> dict[str, tuple[int, ...]]:
+    """Those of its matrices."""
+    held = load_file(model_folder / "model.safetensors")
+    return {name: tensor.shape for name, tensor in held.items() if tensor.ndim == 2}
 
 
 _SEQ2SEQ: dict[str, Any] = {
@@ -106,6 +134,18 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     "Phi-3": partial(make, "Phi3ForCausalLM", **_DECODER),
     "Gemma": partial(make, "GemmaForCausalLM", **_DECODER, head_dim=8),
     "ELECTRA": partial(make, "ElectraForMaskedLM", **_ENCODER),
+    "Mixtral": partial(
+        make, "MixtralForCausalLM", **_DECODER, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "Qwen3-MoE": partial(
+        make,
+        "Qwen3MoeForCausalLM",
+        **_DECODER,
+        head_dim=8,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "BERT and GPT-2": make_encoder_decoder,
     "Llama with a score": partial(make, "LlamaForSequenceClassification", **_DECODER, num_labels=3),
     "SigLIP": partial(make, "SiglipVisionModel", **_VISION),
@@ -117,6 +157,8 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     ),
 }
 
+# PEFT fuses the factors of all experts to read these; the file of the model has them apart.
+_EXPERTS = "LoRA on each expert, of transformers 4"
 _TIED = "LoRA on tied weights"
 ARCHITECTURES = (
     Case(_TIED, "T5", {"target_modules": ["q", "shared"]}, tied=False, remark="what all share"),
@@ -169,6 +211,18 @@ ARCHITECTURES = (
         "modules_to_save",
         "Llama with a score",
         {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["score"]},
+    ),
+    Case(
+        _EXPERTS,
+        "Mixtral",
+        {"target_modules": ["q_proj", "w1", "w2", "w3"], "r": 3, "lora_alpha": 6},
+        write=write_on_each_expert,
+    ),
+    Case(
+        _EXPERTS,
+        "Qwen3-MoE",
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"], "r": 3, "lora_alpha": 6},
+        write=write_on_each_expert,
     ),
     Case(
         "LoRA on torch.nn.MultiheadAttention",
