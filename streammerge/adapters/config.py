@@ -72,6 +72,7 @@ class LoraConfig:
     adalora: AdaLora | None = None
     bias: str = "none"
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()  # modules that were trained in full, by ends of names
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
     residual: tuple[str, ...] = ()  # fields by which training changed its base when it started
@@ -153,6 +154,10 @@ def _is_name(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _is_bias(value: object) -> bool:
     return value in ("none", "all", "lora_only")
 
@@ -198,6 +203,9 @@ class _Fields:
             adalora=adalora,
             bias=self._take("bias", "none", _is_bias, "none, all or lora_only"),
             trainable_token_indices=self._tokens(tokens),
+            modules_to_save=tuple(
+                self._take("modules_to_save", [], _are_names, "a list of names") or ()
+            ),
             base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
             peft_version=self._take("peft_version", None, _is_name, "a version"),
             residual=tuple(extra.field for extra in asked_extras(self._raw) if extra.residual),

@@ -115,7 +115,6 @@ IGNORED: Final = frozenset(
         "lora_dropout",
         "layers_to_transform",
         "layers_pattern",
-        "modules_to_save",
         "ensure_weight_tying",
         "megatron_core",
         "qalora_group_size",
@@ -143,6 +142,7 @@ USED: Final = frozenset(
         "lora_bias",
         "bias",
         "trainable_token_indices",
+        "modules_to_save",
     ]
 )
 

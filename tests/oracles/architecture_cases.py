@@ -131,6 +131,7 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
         state_size=4,
         num_hidden_layers=1,
     ),
+    "Phi": partial(make, "PhiForCausalLM", **{**_DECODER, "num_key_value_heads": 2}),
     "Phi-3": partial(make, "Phi3ForCausalLM", **_DECODER),
     "Gemma": partial(make, "GemmaForCausalLM", **_DECODER, head_dim=8),
     "ELECTRA": partial(make, "ElectraForMaskedLM", **_ENCODER),

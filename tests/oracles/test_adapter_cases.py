@@ -89,6 +89,24 @@ def test_what_cannot_be_merged_is_refused_by_name(shelf: Shelf, tmp_path: Path, 
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("model", ["BART", "Phi", "T5"])
+def test_a_base_of_the_new_size_takes_what_was_saved_of_a_resized_one(
+    shelf: Shelf, tmp_path: Path, model: str
+) -> None:
+    """The way out of a refusal: its new rows are others, and the adapter replaces all of them."""
+    (case, *_) = [c for c in CASES if (c.kind, c.model) == ("a larger vocabulary", model)]
+    base = shelf.get(model, MODELS[model])
+    theirs = answers(train(case, base, tmp_path / "adapter"))
+    resized = load_any(base)
+    assert case.change is not None
+    case.change(resized)
+    resized.get_input_embeddings().weight.data[-4:].normal_()
+    resized.save_pretrained(tmp_path / "resized")
+    merged = load_any(merge(tmp_path, tmp_path / "resized", tmp_path / "adapter"))
+    assert distance(answers(merged), theirs) < TIGHT
+    assert distance(answers(load_any(tmp_path / "resized")), theirs) > 1000 * TIGHT
+
+
 def is_tied(model: Any) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return bool(head.weight.data_ptr() == embedding.weight.data_ptr())
