@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import yaml
 from adapter_case import Case, load_any, train
@@ -53,9 +54,11 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def merge(folder: Path, base: Path, adapter: Path, method: str = "task_arithmetic") -> Path:
-    recipe = {"base_model": str(base), "merge_method": method, "adapters": [{"path": str(adapter)}]}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+def merge(folder: Path, base: Path, adapter: Path, **recipe: str) -> Path:
+    recipe = {"base_model": str(base), "merge_method": "task_arithmetic", **recipe}
+    folder.mkdir(exist_ok=True)
+    entries = [{"path": str(adapter)}]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "adapters": entries}))
     sm.merge(folder / "recipe.yaml", out=folder / "merged", memory="8GiB")
     return folder / "merged"
 
@@ -76,6 +79,49 @@ def test_the_merged_model_answers_like_the_unmerged_one(
         assert is_tied(merged) == case.tied
         added = set(read_tensors(tmp_path / "merged")) - set(read_tensors(base))
         assert all(name.endswith(may_be_added(case, base)) for name in added), added
+
+
+# Tensors that are replaced, tied or longer than the base's, where the base is stored in 16 bits.
+IN_16_BITS = [
+    "modules_to_save on Llama",
+    "bias: all on Qwen2",
+    "trainable tokens on Llama",
+    "LoRA on tied weights on tied Llama (the embedding)",
+    "LoRA on tied weights on T5 (the encoder's and the decoder's)",
+    "modules_to_save of tied weights on GPT-2 (the head)",
+    "trainable tokens of tied weights on tied Llama",
+    "a larger vocabulary on tied Llama (trainable tokens)",
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("label", IN_16_BITS)
+def test_a_base_in_16_bits_is_read_exactly_and_written_with_one_rounding(
+    shelf: Shelf, tmp_path: Path, label: str, dtype: str
+) -> None:
+    """Written in float32 it answers like the unmerged model; else it is that, rounded."""
+    import torch
+
+    (case,) = [one for one in MERGED if one.label == label]
+    wide = shelf.get(case.model, MODELS[case.model])
+    base = shelf.get(f"{case.model} in {dtype}", lambda folder: recast(wide, folder, dtype))
+    theirs = answers(train(case, base, tmp_path / "adapter"))
+    exact = merge(tmp_path / "wide", base, tmp_path / "adapter", out_dtype="float32")
+    assert distance(answers(load_any(exact)), theirs) < TIGHT
+    rounded = read_tensors(merge(tmp_path / "narrow", base, tmp_path / "adapter"))
+    before = read_tensors(base)
+    for name, tensor in read_tensors(exact).items():
+        narrow = torch.from_numpy(tensor.values()).to(getattr(torch, dtype))
+        assert np.array_equal(rounded[name].values(), narrow.double().numpy()), name
+        assert rounded[name].dtype == next(iter(before.values())).dtype
+
+
+def recast(model: Path, folder: Path, dtype: str) -> Path:
+    """A saved model in another dtype."""
+    import torch
+
+    load_any(model).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.label)
