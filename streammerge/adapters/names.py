@@ -108,6 +108,20 @@ MOVES: Final = (
             (".layers.", ".encoder.layer."),
         ),
     ),
+    Move(
+        "with blocks named as Swin's were before transformers 5",
+        (),
+        (
+            (".attention.q_proj", ".attention.self.query"),
+            (".attention.k_proj", ".attention.self.key"),
+            (".attention.v_proj", ".attention.self.value"),
+            (".attention.o_proj", ".attention.output.dense"),
+            (".mlp.fc1", ".intermediate.dense"),
+            (".mlp.fc2", ".output.dense"),
+        ),
+    ),
+    # Nemotron-H's files call the body `backbone`, as Mamba's do.
+    Move("with the body named `backbone`", (("model.", "backbone."),)),
     # GPT-NeoX's head lies in the file under its first name.
     Move("with the head named `embed_out`", (("lm_head", "embed_out"),)),
     Move("with the head named `lm_head`", (("embed_out", "lm_head"),)),

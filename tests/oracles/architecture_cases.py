@@ -150,6 +150,17 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     "BERT and GPT-2": make_encoder_decoder,
     "Llama with a score": partial(make, "LlamaForSequenceClassification", **_DECODER, num_labels=3),
     "SigLIP": partial(make, "SiglipVisionModel", **_VISION),
+    "Swin": partial(
+        make,
+        "SwinForImageClassification",
+        image_size=64,
+        patch_size=8,
+        window_size=4,
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        num_labels=3,
+    ),
     "ViT": partial(
         make,
         "ViTForImageClassification",
@@ -231,6 +242,7 @@ ARCHITECTURES = (
         {"target_modules": ["head.attention", "q_proj"]},
         refused="PEFT up to 0.21.2 adds that of `out_proj` twice",
     ),
+    Case("LoRA", "Swin", {"target_modules": "all-linear"}),
     Case("LoRA", "ViT", {"target_modules": "all-linear"}),
     Case("LoRA on a convolution", "ViT", {"target_modules": ["projection"]}, remark="of patches"),
     Case(

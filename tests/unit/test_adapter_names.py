@@ -108,6 +108,14 @@ def test_one_change_of_leading_parts(module: str, tensor: str) -> None:
             ],
         ),
         (
+            ["swin.encoder.layers.0.blocks.1.attention.q_proj", "swin.layernorm"],
+            ["swin.encoder.layers.0.blocks.1.attention.self.query", "swin.layernorm"],
+        ),
+        (
+            ["model.layers.0.mixer.in_proj", "lm_head"],
+            ["backbone.layers.0.mixer.in_proj", "lm_head"],
+        ),
+        (
             ["dinov2.encoder.layer.0.attention.o_proj", "dinov2.encoder.layer.0.mlp.fc1"],
             ["dinov2.encoder.layer.0.attention.output.dense", "dinov2.encoder.layer.0.mlp.fc1"],
         ),
