@@ -80,6 +80,10 @@ _PARTS: Final = (
 _STACKS: Final = ("encoder", "decoder", "text_encoder", "text_decoder")
 _OF_STACKS: Final = {"shared": "embed_tokens", "word_embeddings": "word_embeddings"}
 _EMBEDDING: Final = re.compile(r"emb|shared|wte|\.w$")
+# Heads of classifiers, reward models and the like: a model with one reads words and writes none.
+_TASKS: Final = re.compile(
+    r"(score|classifier|classification_head|qa_outputs|v_head|reward_head)\."
+)
 _NO_WORDS: Final = re.compile(r"pos(ition|_emb)|type|segment|patch|wpe")
 # The others that have a row for each word: what encoder and decoder read, and around heads with a
 # bias, which need no row above.
@@ -92,6 +96,11 @@ _WORDS: Final = re.compile(
 def is_embedding(module: str) -> bool:
     """Whether a module is called like an embedding, and not like one of places or kinds."""
     return _EMBEDDING.search(module) is not None and not _NO_WORDS.search(module)
+
+
+def is_of_a_task(name: str) -> bool:
+    """Whether a tensor belongs to the head of another task than writing words."""
+    return _TASKS.match(name) is not None
 
 
 def heads_of(embedding: str, architectures: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from streammerge.storage.heads import heads_of, is_embedding, part_of, stacks_of
+from streammerge.storage.heads import heads_of, is_embedding, is_of_a_task, part_of, stacks_of
 from streammerge.words import Extent
 
 _WITH_A_HEAD: Final = re.compile(
@@ -26,10 +26,6 @@ _OTHERS: Final = re.compile("Luke|Flava|T5Gemma2|NeoMME|Bark|Blt|Csm")
 _ONE_BIAS: Final = re.compile("Esm|Lxmert|BridgeTower")
 # Heads whose decoder is all that they have beside its bias.
 _BARE: Final = re.compile("BertGeneration")
-# A model with one of these is no language model, whatever its config leaves out.
-_TASKS: Final = re.compile(
-    r"(score|classifier|classification_head|qa_outputs|v_head|reward_head)\."
-)
 _NUMBER: Final = re.compile(r"\.\d+\.")  # of a layer
 # Models in which `tie_word_embeddings` says that the head's input is scaled by d_model ** -0.5.
 _SCALED: Final = frozenset(
@@ -137,7 +133,7 @@ def _has_head(tensors: Iterable[str], architectures: Sequence[str]) -> bool:
     """Whether the model is one of language; where its config names no class, its tensors tell."""
     if architectures:
         return _any(_WITH_A_HEAD, architectures)
-    return not any(map(_TASKS.match, tensors))
+    return not any(map(is_of_a_task, tensors))
 
 
 def _may_be(tensors: Mapping[str, Extent], name: str, of: str) -> bool:

@@ -153,6 +153,28 @@ def test_a_base_of_the_new_size_takes_what_was_saved_of_a_resized_one(
     assert distance(answers(load_any(tmp_path / "resized")), theirs) > 1000 * TIGHT
 
 
+def test_a_classifier_needs_a_base_that_has_one(shelf: Shelf, tmp_path: Path) -> None:
+    """Most reward models are trained on a language model, whose file has no `score`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    base = shelf.get("Llama", MODELS["Llama"])
+    for number, name in enumerate(("trained", "loaded")):
+        torch.manual_seed(number)  # each with a score of its own
+        kind = AutoModelForSequenceClassification
+        kind.from_pretrained(base, num_labels=3, pad_token_id=0).save_pretrained(tmp_path / name)
+    lora = Case("a reward model", "Llama", {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"})
+    theirs = answers(train(lora, tmp_path / "trained", tmp_path / "adapter"))
+    with pytest.raises(StreammergeError) as caught:
+        merge(tmp_path / "refused", base, tmp_path / "adapter")
+    assert "tensors of a classifier" in str(caught.value)
+    assert "score.weight" in str(caught.value)
+    assert "AutoModelForSequenceClassification" in str(caught.value)
+    merged = load_any(merge(tmp_path, tmp_path / "loaded", tmp_path / "adapter"))
+    assert distance(answers(merged), theirs) < TIGHT
+    assert distance(answers(load_any(tmp_path / "loaded")), theirs) > 1000 * TIGHT
+
+
 def is_tied(model: Any) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return bool(head.weight.data_ptr() == embedding.weight.data_ptr())
