@@ -111,7 +111,7 @@ def _left_behind(
                     "DoRA on an embedding of a larger vocabulary cannot be merged",
                     where=f"{model.name}: {name}",
                     found="lengths that are those of columns over all rows, the new ones too",
-                    remedy="merge it into its base with PEFT, and list that under `models`",
+                    remedy=RESIZE,
                 )
 
 

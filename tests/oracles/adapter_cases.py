@@ -340,7 +340,7 @@ LARGER = (
         "Llama",
         {"target_modules": ["embed_tokens", "lm_head"], **_DORA},
         _resize,
-        refused="DoRA on an embedding of a larger vocabulary",
+        refused="resize_token_embeddings",
         remark="DoRA on the embedding",
     ),
     Case(

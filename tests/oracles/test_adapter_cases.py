@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from adapter_case import Case, load_any, train
-from adapter_cases import CASES, MODELS
+from adapter_cases import CASES, LARGER, MODELS
 from exact_merge import read_tensors
 from peft_models import Shelf
 
@@ -135,13 +135,15 @@ def test_what_cannot_be_merged_is_refused_by_name(shelf: Shelf, tmp_path: Path, 
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("model", ["BART", "Phi", "T5"])
+RESIZED = [case for case in LARGER if not case.refused or "resize" in case.refused]
+
+
+@pytest.mark.parametrize("case", RESIZED, ids=lambda case: case.label)
 def test_a_base_of_the_new_size_takes_what_was_saved_of_a_resized_one(
-    shelf: Shelf, tmp_path: Path, model: str
+    shelf: Shelf, tmp_path: Path, case: Case
 ) -> None:
     """The way out of a refusal: its new rows are others, and the adapter replaces all of them."""
-    (case, *_) = [c for c in CASES if (c.kind, c.model) == ("a larger vocabulary", model)]
-    base = shelf.get(model, MODELS[model])
+    base = shelf.get(case.model, MODELS[case.model])
     theirs = answers(train(case, base, tmp_path / "adapter"))
     resized = load_any(base)
     assert case.change is not None
