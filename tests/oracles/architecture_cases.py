@@ -134,6 +134,24 @@ MODELS_OF_ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
     "Phi": partial(make, "PhiForCausalLM", **{**_DECODER, "num_key_value_heads": 2}),
     "Phi-3": partial(make, "Phi3ForCausalLM", **_DECODER),
     "Gemma": partial(make, "GemmaForCausalLM", **_DECODER, head_dim=8),
+    "GPT-NeoX": partial(make, "GPTNeoXForCausalLM", **_DECODER, tie_word_embeddings=True),
+    "RoBERTa": partial(
+        make, "RobertaForMaskedLM", **_ENCODER, max_position_embeddings=120, pad_token_id=1
+    ),
+    "XLNet": partial(
+        make,
+        "XLNetLMHeadModel",
+        vocab_size=VOCABULARY,
+        d_model=16,
+        n_layer=1,
+        n_head=2,
+        d_inner=24,
+    ),
+    "Marian": partial(make, "MarianMTModel", **_SEQ2SEQ),
+    "Whisper": partial(
+        make, "WhisperForConditionalGeneration", **_SEQ2SEQ, num_mel_bins=8, max_source_positions=20
+    ),
+    "DINOv2": partial(make, "Dinov2ForImageClassification", **_VISION, num_labels=3),
     "ELECTRA": partial(make, "ElectraForMaskedLM", **_ENCODER),
     "Mixtral": partial(
         make, "MixtralForCausalLM", **_DECODER, num_local_experts=4, num_experts_per_tok=2
@@ -219,6 +237,15 @@ ARCHITECTURES = (
         {"target_modules": ["wte", "query"]},
         remark="the decoder's embedding",
     ),
+    Case(_TIED, "GPT-NeoX", {"target_modules": ["embed_in"]}, tied=False, remark="the embedding"),
+    Case(_TIED, "RoBERTa", {"target_modules": ["decoder"]}, tied=False, remark="the head"),
+    Case(
+        _TIED, "XLNet", {"target_modules": ["word_embedding"]}, tied=False, remark="the embedding"
+    ),
+    Case(_TIED, "Marian", {"target_modules": ["lm_head"]}, tied=False, remark="the head"),
+    Case(_TIED, "Whisper", {"target_modules": ["proj_out"]}, tied=False, remark="the head"),
+    Case("LoRA", "Whisper", {"target_modules": ["q_proj", "v_proj"]}, tied=True),
+    Case("LoRA", "DINOv2", {"target_modules": "all-linear"}),
     Case(
         "modules_to_save",
         "Llama with a score",

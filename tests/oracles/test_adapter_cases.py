@@ -35,17 +35,17 @@ def answers(model: Any) -> Tensor:
     import torch
 
     words = getattr(model.config.get_text_config(), "vocab_size", 0)
-    tokens = {"input_ids": torch.arange(words - words % 2).reshape(2, -1)}
-    if model.config.is_encoder_decoder:
-        tokens["decoder_input_ids"] = tokens["input_ids"].flip(1)
+    ids = torch.arange(words - words % 2).reshape(2, -1)
+    decoded = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
     ramp = torch.linspace(-1, 1, 3 * 64 * 64)
     given = {
-        "input_ids": tokens,
+        "input_ids": {"input_ids": ids},
+        "input_features": {"input_features": ramp[: 2 * 8 * 40].reshape(2, 8, 40)},
         "pixel_values": {"pixel_values": ramp.reshape(1, 3, 64, 64)},
         "input_values": {"input_values": (torch.arange(600.0)[None] ** 2).cos()},
     }
     with torch.inference_mode():
-        out: Tensor = model(**given[model.main_input_name]).logits
+        out: Tensor = model(**given[model.main_input_name], **decoded).logits
     return out
 
 
@@ -184,4 +184,5 @@ def is_tied(model: Any) -> bool:
 
 def may_be_added(case: Case, base: Path) -> tuple[str, ...]:
     """What a file may hold that the base's lacks: nothing while it is tied, else what was."""
-    return () if case.tied else tuple(load_any(base).all_tied_weights_keys)
+    heads = (*load_any(base).all_tied_weights_keys, "embed_out.weight")  # GPT-NeoX's in its file
+    return () if case.tied else heads
