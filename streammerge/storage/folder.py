@@ -71,6 +71,11 @@ class ModelFolder:
     notes: tuple[str, ...]  # what is unusual and harmless, one line each
     ties: Mapping[str, str] = field(default_factory=dict)  # tensor -> the one that it seems to be
 
+    def with_head(self, head: str, embedding: str) -> ModelFolder:
+        """The same folder, once it is known what its tied head is called."""
+        ties = {**self.ties, head: embedding}
+        return replace(self, ties=ties, tensors=FolderTensors(self.shards, ties))
+
     def stored(self, name: str) -> bool:
         """Whether a tensor lies in a file under this name."""
         return any(name in shard.tensors for shard in self.shards)

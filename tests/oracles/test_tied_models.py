@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import streammerge as sm
+from streammerge.errors import StreammergeError
 from streammerge.planning import Plan
 
 Array = NDArray[np.float32]
@@ -219,3 +220,51 @@ def test_a_t5_with_a_head_of_its_own_parts_one_that_shares_it(tmp_path: Path) ->
     assert "`tie_word_embeddings` stays as it is" in note
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
+
+
+# --------------------------------------------------------------- a head that nobody has heard of
+
+WORDS, UNWORDS = "new.emb.weight", "unemb.weight"
+
+
+def unheard_of(folder: Path) -> dict[str, Array]:
+    """A tied model of an unknown class: its head is in no file, and in no table of names."""
+    tensors = {WORDS: numbers(1, 9, 4), "new.q.weight": numbers(2, 4, 4)}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"architectures": ["NewForCausalLM"], "vocab_size": 9, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def lora(folder: Path, seed: int, module: str, outputs: int) -> tuple[Path, NDArray[np.float64]]:
+    """An adapter on one module of 4 inputs, and its update."""
+    a, b = numbers(seed, 2, 4), numbers(seed + 1, outputs, 2)
+    folder.mkdir()
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    key = f"base_model.model.{module}.lora_"
+    save_file({f"{key}A.weight": a, f"{key}B.weight": b}, folder / "adapter_model.safetensors")
+    return folder, 2 * b.astype(np.float64) @ a
+
+
+def test_an_adapter_on_a_head_says_what_it_is_called(tmp_path: Path) -> None:
+    """The other adapter does not touch it, and both are on one model."""
+    base = unheard_of(tmp_path / "base")
+    on_q, of_q = lora(tmp_path / "q", 20, "new.q", 4)
+    on_head, of_head = lora(tmp_path / "head", 30, "unemb", 9)
+    merged = merge_adapters(tmp_path, on_q, on_head)
+    assert set(merged) == {*base, UNWORDS}
+    assert np.array_equal(merged[WORDS], base[WORDS])
+    assert np.abs(merged[UNWORDS] - (base[WORDS] + 0.5 * of_head)).max() < 1e-6
+    assert np.abs(merged["new.q.weight"] - (base["new.q.weight"] + 0.5 * of_q)).max() < 1e-6
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("module", "outputs"), [("unemb", 8), ("new.z", 4)])
+def test_other_unknown_names_are_no_heads(tmp_path: Path, module: str, outputs: int) -> None:
+    unheard_of(tmp_path / "base")
+    adapter, _ = lora(tmp_path / "adapter", 30, module, outputs)
+    with pytest.raises(StreammergeError, match="name no tensor of the base"):
+        merge_adapters(tmp_path, adapter)
