@@ -18,7 +18,7 @@ def with_named_head(model: ModelFolder, adapter: AdapterFolder) -> ModelFolder:
     Where the config ties a head that no file holds, and the adapter has one tensor that the model
     lacks, of the shape of the embedding, then that is this head. Else the model as it is.
     """
-    hidden = [] if model.ties else hidden_tie(model.tensors, model.config)
+    hidden = hidden_tie(model.tensors, model.config)
     unknown = {name: shape for name, shape in _shapes(adapter) if name not in model.tensors}
     if len(hidden) != 1 or len(unknown) != 1:
         return model

@@ -64,7 +64,7 @@ def _note(donor: ModelFolder, reasons: Mapping[str, Sequence[str]]) -> str:
 
 def _hidden(model: Model) -> Iterator[BadInput]:
     """Trained tokens are the head's, too, and need not know its name."""
-    if model.adapter is None or model.folder.ties:
+    if model.adapter is None:
         return
     hidden = hidden_tie(model.folder.tensors, model.folder.config)
     updates = {name: model.adapter.updates.get(name) for name in hidden}

@@ -84,7 +84,7 @@ _EMBEDDING: Final = re.compile(r"emb|shared|wte|\.w$")
 _TASKS: Final = re.compile(
     r"(score|classifier|classification_head|qa_outputs|v_head|reward_head)\."
 )
-_NO_WORDS: Final = re.compile(r"pos(ition|_emb)|type|segment|patch|wpe")
+_NO_WORDS: Final = re.compile(r"pos(ition|_emb)|type|segment|patch|wpe|embed_out|unemb")
 # The others that have a row for each word: what encoder and decoder read, and around heads with a
 # bias, which need no row above.
 _WORDS: Final = re.compile(
@@ -94,7 +94,7 @@ _WORDS: Final = re.compile(
 
 
 def is_embedding(module: str) -> bool:
-    """Whether a module is called like an embedding, and not like one of places or kinds."""
+    """Whether a module is called like an embedding, not of places or kinds, and not like a head."""
     return _EMBEDDING.search(module) is not None and not _NO_WORDS.search(module)
 
 

@@ -58,12 +58,15 @@ def find_ties(tensors: Mapping[str, Extent], config: Mapping[str, Any]) -> dict[
 def hidden_tie(tensors: Mapping[str, Extent], config: Mapping[str, Any]) -> list[str]:
     """The embeddings of a model with a head that is nowhere, and would be under an unknown name.
 
-    Seen by shape: of all tensors with a row for each word, none is a head.
+    Seen by shape: of all tensors with a row for each word, those that are tied to others among
+    them, none is a head. Where a decoder has a config of its own, that is the one which tells.
     """
-    untied = _value(config, "tie_word_embeddings") is False
+    decoder = config.get("decoder")
+    told = decoder if isinstance(decoder, Mapping) else config
+    untied = _value(told, "tie_word_embeddings") is False
     if untied or not _has_head(tensors, _architectures(config)):
         return []
-    words = _value(config, "vocab_size")
+    words = _value(told, "vocab_size")
     shapes = ((name, tensors[name].spec.shape) for name in tensors)
     wide = [name for name, shape in shapes if len(shape) == 2 and shape[0] == words]
     return wide if all(map(is_embedding, wide)) else []

@@ -150,6 +150,19 @@ def test_a_head_of_unknown_name_is_seen_by_its_absence(
     assert found == (["new.emb.weight", *more] if hidden else [])
 
 
+def test_a_known_tie_does_not_hide_an_unknown_head() -> None:
+    """An encoder reads the embedding, and so does a head of which nobody knows the name."""
+    shapes: Shapes = {"new.shared.weight": (9, 4), "new.encoder.0.q.weight": (4, 4)}
+    stack = {"new.encoder.embed_tokens.weight": "new.shared.weight"}
+    assert ties(shapes, NEW) == stack
+    with_stack = base_of(shapes | dict.fromkeys(stack, (9, 4)))
+    assert hidden_tie(with_stack, NEW) == ["new.shared.weight", *stack]
+    assert hidden_tie(base_of(shapes | {"embed_out.weight": (9, 4)}), NEW) == []
+    inner = {**NEW, "architectures": ["EncoderDecoderModel"], "tie_word_embeddings": False}
+    assert hidden_tie(base_of(shapes), inner) == []
+    assert hidden_tie(base_of(shapes), {**inner, "decoder": {"vocab_size": 9}}) != []
+
+
 def test_what_has_a_row_for_each_word() -> None:
     words = [EMBEDDING, HEAD, BERT, "cls.predictions.decoder.weight", "encoder.embed_tokens.weight"]
     words += ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
