@@ -23,7 +23,7 @@ from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
 from streammerge.planning.spaces import check_core, split
 from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
-from streammerge.planning.ties import settle_tie
+from streammerge.planning.ties import settle_ties
 from streammerge.planning.vocabulary import settle_vocabulary
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
@@ -160,7 +160,7 @@ def make_plan(
         return None
     notes = check_models(inputs, problems)
     problems.raise_any()
-    inputs, outline = settle_tie(inputs, problems)
+    inputs, outline = settle_ties(inputs, problems)
     outline = settle_vocabulary(recipe, inputs, outline, problems)
     problems.raise_any()
     notes += [*outline.notes, *_notes(inputs)]

@@ -127,6 +127,18 @@ def test_tokens_that_are_no_rows(tmp_path: Path, value: object) -> None:
     assert "`trainable_token_indices`" in refused(tmp_path, trainable_token_indices=value)
 
 
+def test_tokens_that_are_all_of_an_adapter(tmp_path: Path) -> None:
+    tokens = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "init_weights": True,
+        "target_modules": "embed_tokens",
+    }
+    config = accepted(tmp_path, **tokens, token_indices=[9, 2])
+    assert config.token_indices("model.embed_tokens") == (9, 2)
+    assert "`token_indices`" in refused(tmp_path, **tokens, token_indices=[-1])
+    assert "'token_indices'" in refused(tmp_path, token_indices=[9, 2])  # LoRA has no such field
+
+
 def test_no_tokens(tmp_path: Path) -> None:
     for value in (None, [], {}):
         assert accepted(tmp_path, trainable_token_indices=value).token_indices("a") is None
