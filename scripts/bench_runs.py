@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 COMMAND = str(Path(sys.executable).with_name("streammerge"))
 TIME = "/usr/bin/time"
+# Bytes in what `time` counts as one input or output.
+BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Run:
     seconds: float
     peak_bytes: int
     report: dict[str, Any] = field(default_factory=dict)
+    disk_read_bytes: int = 0  # what the kernel fetched for it: none of what was in the page cache
+    disk_written_bytes: int = 0
+    cache_bytes: int = 0
 
 
 def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any) -> Run:
@@ -40,10 +44,21 @@ def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any
         finally:
             if out is not None:
                 shutil.rmtree(out, ignore_errors=True)
-        kib = re.search(r"Maximum resident set size \(kbytes\): (\d+)", report.read())
-    assert kib, f"{TIME} -v did not say the maximum resident set"
+        told = report.read()
     said = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-    return Run(seconds, int(kib[1]) << 10, said)
+    return Run(
+        seconds,
+        _number(told, r"Maximum resident set size \(kbytes\)") << 10,
+        said,
+        _number(told, "File system inputs") * BLOCK,
+        _number(told, "File system outputs") * BLOCK,
+    )
+
+
+def _number(told: str, what: str) -> int:
+    found = re.search(rf"{what}: (\d+)", told)
+    assert found, f"{TIME} -v did not say: {what}"
+    return int(found[1])
 
 
 def merge(recipe: Path, *options: str) -> Run:
@@ -51,6 +66,37 @@ def merge(recipe: Path, *options: str) -> Run:
     out = recipe.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     return timed([COMMAND, "merge", recipe, "--out", out, "--quiet", "--json", *options], out)
+
+
+def merge_by_mergekit(recipe: Path, python: Path) -> Run:
+    """mergekit's command. Merged adapters go to a cache of its own, which is measured too."""
+    out, cache = recipe.parent / "out", recipe.parent / "cache"
+    for folder in (out, cache):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        command: list[str | Path] = [python.with_name("mergekit-yaml"), recipe, out]
+        command += ["--lora-merge-cache", cache, "--no-copy-tokenizer", "--quiet"]
+        run = timed(command, out, env=_alone())
+        return replace(run, cache_bytes=_size(cache))
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def merge_by_peft(base: Path, method: str, adapters: Iterable[Path], python: Path) -> Run:
+    """PEFT's `add_weighted_adapter`, see peft_merge.py."""
+    out = base.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    script = Path(__file__).with_name("peft_merge.py")
+    return timed([python, script, base, out, method, *adapters], out, env=_alone())
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a tool that must find neither this package nor the network."""
+    return {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def copy(base: Path) -> Run:
@@ -87,11 +133,3 @@ def settle(folders: Iterable[Path], *, cold: bool) -> None:
                 else:
                     while file.read(1 << 24):
                         pass
-
-
-def middle(runs: Sequence[Run]) -> Run:
-    """The run of median time, with the largest peak."""
-    ordered = sorted(runs, key=lambda run: run.seconds)
-    chosen = ordered[len(ordered) // 2]
-    seconds = median(run.seconds for run in runs)
-    return Run(seconds, max(run.peak_bytes for run in runs), chosen.report)
