@@ -31,7 +31,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """All works of a part, measured one after the other; `x` is the place on an axis of growth."""
+    """All works of a part, measured one after the other; `x` is the place on an axis of growth.
+
+    Parts whose names differ after a colon are told in one table.
+    """
 
     part: str
     state: str
@@ -40,6 +43,10 @@ class Round:
     rows: tuple[Row, ...]
     x: float | str | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        return self.part.partition(":")[0]
 
 
 class Kept:

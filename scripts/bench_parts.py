@@ -71,8 +71,11 @@ def least(folder: Path, config: Config) -> Part:
 def peers(folder: Path, config: Config, rounds: int) -> Iterator[Part]:
     """The merges that other tools do too, ours beside theirs; cold tells what they read."""
     for state in STATES:
-        works = partial(chosen, bench_works.peers, folder, config, ())
-        yield Part("peers", works, rounds, state)
+        for kind in ("adapters", "models"):
+            for method in bench_works.HEADLINE:
+                group = partial(bench_works.peers, method=method, kind=kind)
+                works = partial(chosen, group, folder, config, ())
+                yield Part(f"peers: {kind}, {method}", works, rounds, state)
 
 
 def growth(root: Path, folder: Path, config: Config) -> Iterator[Part]:

@@ -19,13 +19,18 @@ def draw(measured: Measured, axes: Mapping[str, str], folder: Path) -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "streammerge"  # else every file differs
-    groups = list(dict.fromkeys(one.part for one, _ in measured if one.x is None))
+    groups = list(dict.fromkeys(one.group for one, _ in measured if one.x is None))
     for name in groups:
-        parts = [(one.state, rows) for one, rows in measured if one.part == name]
-        _draw_ratios(parts, folder / f"{name.replace(', ', '-').replace(' ', '-')}.svg")
+        parts = [(one.state, rows) for one, rows in measured if one.group == name and one.x is None]
+        _draw_ratios(parts, folder / file_name(name))
     curves = [axis for axis in axes if any(one.part == axis and one.x for one, _ in measured)]
     if curves:
         _draw_growth(measured, {axis: axes[axis] for axis in curves}, folder / "growth.svg")
+
+
+def file_name(group: str) -> str:
+    """Of the picture of a group of works."""
+    return f"{'-'.join(group.replace(',', '').split())}.svg"
 
 
 def _draw_ratios(parts: Sequence[tuple[str, list[Row]]], path: Path) -> None:
@@ -39,7 +44,7 @@ def _draw_ratios(parts: Sequence[tuple[str, list[Row]]], path: Path) -> None:
         places = [names.index(row.work) + number * height for row in rows]
         ratios = [row.ratio for row in rows]
         bars = axes.barh(places, ratios, height, label=state, color=COLOURS[state])
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
     ratios = [row.ratio for _, rows in parts for row in rows]
     if max(ratios) > 20 * min(ratios):
         axes.set_xscale("log")

@@ -50,7 +50,8 @@ def write(rounds: Sequence[Round], into: Path) -> str:
     (into / "bench.json").write_text(json.dumps(told, indent=2) + "\n")
     text = markdown(rounds)
     (into / "bench.md").write_text(text)
-    bench_pictures.draw([(some[0], middle(some)) for some in _parts(rounds)], AXES, into)
+    every = _groups(rounds) + [part for part in _parts(rounds) if part[0].x is not None]
+    bench_pictures.draw([(some[0], middle(some)) for some in every], AXES, into)
     return text
 
 
@@ -59,6 +60,15 @@ def _parts(rounds: Iterable[Round]) -> list[list[Round]]:
     found: dict[tuple[object, ...], list[Round]] = {}
     for one in rounds:
         found.setdefault((one.part, one.state, one.x), []).append(one)
+    return list(found.values())
+
+
+def _groups(rounds: Iterable[Round]) -> list[list[Round]]:
+    """The rounds that one table tells: those on no axis, group by group and state by state."""
+    found: dict[tuple[str, str], list[Round]] = {}
+    for one in rounds:
+        if one.x is None:
+            found.setdefault((one.group, one.state), []).append(one)
     return list(found.values())
 
 
@@ -99,7 +109,10 @@ def _told(rounds: Sequence[Round]) -> dict[str, Any]:
 
 def _limits(rounds: Sequence[Round]) -> dict[str, float]:
     """Medians, in seconds."""
-    return {name: median(one.limits[name] for one in rounds) for name in rounds[0].limits}
+    names = dict.fromkeys(name for one in rounds for name in one.limits)
+    return {
+        name: median(one.limits[name] for one in rounds if name in one.limits) for name in names
+    }
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -111,16 +124,20 @@ def markdown(rounds: Sequence[Round]) -> str:
     """All tables."""
     lines = list(_head(rounds))
     every = _parts(rounds)
-    for part in (part for part in every if part[0].x is None):
-        count = f"{len(part)} round{'s' if len(part) > 1 else ''}"
-        limits = ", ".join(f"{name} {value:.1f} s" for name, value in _limits(part).items())
-        lines += ["", f"## {title(part[0].part, part[0].state, None)}", ""]
-        lines += [f"{count}; {limits}.", "", *_table(TITLES, map(_cells, middle(part)))]
+    for group in _groups(rounds):
+        count = max(len(part) for part in every if part[0] in group)
+        limits = ", ".join(f"{name} {value:.1f} s" for name, value in _limits(group).items())
+        lines += ["", f"## {title(group[0].group, group[0].state, None)}", ""]
+        lines += [f"Rounds: {count}; {limits}.", "", *_table(TITLES, map(_cells, middle(group)))]
+        picture = f"![{group[0].group}]({bench_pictures.file_name(group[0].group)})"
+        lines += [] if picture in lines else ["", picture]  # one for all states
     for axis, name in AXES.items():
         points = [part for part in every if part[0].part == axis and part[0].x is not None]
         if points:
             titles = [name, "method", "seconds", "ratio to the copy", "peak"]
             lines += ["", f"## growth: {axis}", "", *_table(titles, _growth(points))]
+    if any(one.x is not None for one in rounds):
+        lines += ["", "![growth](growth.svg)"]
     return "\n".join(lines) + "\n"
 
 

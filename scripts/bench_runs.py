@@ -91,8 +91,11 @@ def merge_by_peft(base: Path, method: str, adapters: Iterable[Path], python: Pat
 
 
 def _alone() -> dict[str, str]:
-    """The environment of a tool that must find neither this package nor the network."""
-    return {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    """The environment of a tool that must find neither this package nor the network, and that
+    talks of errors only."""
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet["PYTHONWARNINGS"] = "ignore"
+    return {**os.environ, **quiet, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
 
 
 def _size(folder: Path) -> int:

@@ -119,16 +119,14 @@ def spilling(folder: Path) -> Iterator[Work]:
             yield adapted(folder, name, "ties", models, "--spill", mode)
 
 
-def peers(folder: Path) -> Iterator[Work]:
-    """The same merges by mergekit and by PEFT; recipes of adapters are mergekit's."""
-    for work in headline(folder):
-        if work.method not in HEADLINE or len(work.models) < 3:
-            continue
-        yield work
-        recipe = mergekit_recipe(work)
-        yield replace(work, name=f"{work.name}, mergekit", recipe=recipe, tool="mergekit")
-        if not work.full:
-            yield replace(work, name=f"{work.name}, PEFT", tool="PEFT")
+def peers(folder: Path, method: str, kind: str) -> Iterator[Work]:
+    """One of the catalogue, and the same by mergekit and, of adapters, by PEFT."""
+    (work,) = (work for work in catalogue(folder, kind) if work.method == method)
+    yield work
+    recipe = mergekit_recipe(work)
+    yield replace(work, name=f"{work.name}, mergekit", recipe=recipe, tool="mergekit")
+    if not work.full:
+        yield replace(work, name=f"{work.name}, PEFT", tool="PEFT")
 
 
 def adapted(folder: Path, name: str, method: str, models: Sequence[Path], *options: str) -> Work:

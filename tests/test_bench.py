@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,8 @@ def test_both_sides_of_spilling_are_there(folder: Path) -> None:
 
 
 def test_peers_stand_beside_the_same_work(folder: Path) -> None:
-    works = list(bench_works.peers(folder))
+    parts = list(bench_parts.peers(folder, TINY, 1))
+    works = [work for part in parts if part.state == "warm" for work in part.works()]
     tools: dict[tuple[str, bool], list[str]] = {}
     for work in works:
         tools.setdefault((work.method, work.full), []).append(work.tool)
@@ -219,4 +221,21 @@ def test_the_report_of_growth_and_of_a_table(tmp_path: Path) -> None:
     assert "| ties | 4.0 | 2.0 | 2.00 | 100 MiB | 1.00 GB | 2.00 GB |  |  |" in text
     assert "| least | linear | 4.0 | 2.00 | 100 MiB |" in text
     assert "2 CPUs of one, 4 GiB, Python 3.11, 2026-01-01 to 2026-01-02." in text
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"headline.svg", "growth.svg"}
+    pictures = {path.name for path in tmp_path.glob("*.svg")}
+    assert pictures == {"headline.svg", "growth.svg"}
+    assert set(re.findall(r"\]\((.*?)\)", text)) == pictures
+
+
+def test_parts_of_one_group_share_a_table_and_a_picture(tmp_path: Path) -> None:
+    tools = [replace(ROW, work=f"three, {tool}", tool=tool) for tool in ("mergekit", "PEFT")]
+    rounds = [
+        Round(f"peers: {row.tool}", "warm", "2026-01-01", limits, (row,), machine=HERE)
+        for row, limits in zip(
+            tools, ({bench.COPY: 2.0}, {bench.COPY: 4.0, bench.READ: 1.0}), strict=True
+        )
+    ]
+    text = bench_report.write(rounds, tmp_path)
+    assert text.count("## peers, warm") == text.count("| work |") == 1
+    assert "Rounds: 1; copy of the base 3.0 s, reading base and models 1.0 s." in text
+    assert "| three, mergekit |" in text and "| three, PEFT |" in text
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["peers.svg"]
