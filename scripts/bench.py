@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -106,18 +107,22 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     yield from of_methods[len(states) :]
 
 
-def run(every: Sequence[Part], kept: Kept, options: argparse.Namespace) -> list[Part]:
-    """Measure what is not kept yet, until the time is up; returns the parts that are left."""
+def run(every: Sequence[Part], kept: Kept, options: argparse.Namespace) -> None:
+    """Measure what is not kept yet, until the time is up. Raises KeyboardInterrupt."""
     until = time.monotonic() + 60 * options.minutes
-    for number, part in enumerate(every):
-        while kept.count(part.name, part.state, part.x) < part.rounds:
+    for part in every:
+        while missing(part, kept):
             if time.monotonic() > until:
-                return list(every[number:])
+                return
             print(bench_report.title(part.name, part.state, part.x), file=sys.stderr, flush=True)
             kept.add(measure(part, options.peers_python))
         for folder in part.throwaway:
             shutil.rmtree(folder, ignore_errors=True)
-    return []
+
+
+def missing(part: Part, kept: Kept) -> bool:
+    """Whether a part has too few rounds."""
+    return kept.count(part.name, part.state, part.x) < part.rounds
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -156,14 +161,17 @@ def main(arguments: Sequence[str]) -> int:
     kept = Kept(options.into / "runs.jsonl", {**bench_report.machine(), "size": options.size})
     bench_runs.merge(every[0].works()[0].recipe)  # compiles the kernels, once
     try:
-        left = run(every, kept, options)
+        run(every, kept, options)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
     finally:
         print(bench_report.write(list(kept.rounds()), options.into))
-    missing = list(dict.fromkeys(bench_report.title(p.name, p.state, p.x) for p in left))
-    if missing:
-        print(f"left for the same command again: {'; '.join(missing)}", file=sys.stderr)
-    return 75 if missing else 0
+    left = [bench_report.title(p.name, p.state, p.x) for p in every if missing(p, kept)]
+    if left:
+        print(f"left for the same command again: {'; '.join(left)}", file=sys.stderr)
+    return 75 if left else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told as after Ctrl-C
     sys.exit(main(sys.argv[1:]))

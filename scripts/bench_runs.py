@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,13 @@ def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any
         whole = [TIME, "-v", "-o", report.name, *map(str, command)]
         started = time.monotonic()
         try:
-            done = subprocess.run(whole, stdout=subprocess.PIPE, text=True, check=True, **options)
+            stdout = _output(whole, **options)
             seconds = time.monotonic() - started
         finally:
             if out is not None:
                 shutil.rmtree(out, ignore_errors=True)
         told = report.read()
-    said = json.loads(done.stdout) if done.stdout.startswith("{") else {}
+    said = json.loads(stdout) if stdout.startswith("{") else {}
     return Run(
         seconds,
         _number(told, r"Maximum resident set size \(kbytes\)") << 10,
@@ -53,6 +55,30 @@ def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any
         _number(told, "File system inputs") * BLOCK,
         _number(told, "File system outputs") * BLOCK,
     )
+
+
+def _output(command: Sequence[str], **options: Any) -> str:
+    """What a command prints. It ends with us: left behind, it would disturb the next run."""
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+    try:
+        stdout, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stdout)
+    return stdout
+
+
+@contextmanager
+def _fresh(beside: Path) -> Iterator[Path]:
+    """A new folder for what a run writes: no merge goes on with what a stopped one left."""
+    for left in beside.glob("bench-*.out"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(".out", "bench-", beside, ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 def _number(told: str, what: str) -> int:
@@ -63,31 +89,25 @@ def _number(told: str, what: str) -> int:
 
 def merge(recipe: Path, *options: str) -> Run:
     """The real command; the output is removed again."""
-    out = recipe.parent / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    return timed([COMMAND, "merge", recipe, "--out", out, "--quiet", "--json", *options], out)
+    with _fresh(recipe.parent) as place:
+        out = place / "out"
+        return timed([COMMAND, "merge", recipe, "--out", out, "--quiet", "--json", *options])
 
 
 def merge_by_mergekit(recipe: Path, python: Path) -> Run:
     """mergekit's command. Merged adapters go to a cache of its own, which is measured too."""
-    out, cache = recipe.parent / "out", recipe.parent / "cache"
-    for folder in (out, cache):
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        command: list[str | Path] = [python.with_name("mergekit-yaml"), recipe, out]
-        command += ["--lora-merge-cache", cache, "--no-copy-tokenizer", "--quiet"]
-        run = timed(command, out, env=_alone())
-        return replace(run, cache_bytes=_size(cache))
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
+    with _fresh(recipe.parent) as place:
+        command: list[str | Path] = [python.with_name("mergekit-yaml"), recipe, place / "out"]
+        command += ["--lora-merge-cache", place / "cache", "--no-copy-tokenizer", "--quiet"]
+        run = timed(command, env=_alone())
+        return replace(run, cache_bytes=_size(place / "cache"))
 
 
 def merge_by_peft(base: Path, method: str, adapters: Iterable[Path], python: Path) -> Run:
     """PEFT's `add_weighted_adapter`, see peft_merge.py."""
-    out = base.parent / "out"
-    shutil.rmtree(out, ignore_errors=True)
     script = Path(__file__).with_name("peft_merge.py")
-    return timed([python, script, base, out, method, *adapters], out, env=_alone())
+    with _fresh(base.parent) as place:
+        return timed([python, script, base, place / "out", method, *adapters], env=_alone())
 
 
 def _alone() -> dict[str, str]:
@@ -104,10 +124,9 @@ def _size(folder: Path) -> int:
 
 def copy(base: Path) -> Run:
     """The limit: the model's files copied byte for byte, and on the disk."""
-    target = base.parent / "copy"
-    shutil.rmtree(target, ignore_errors=True)
     script = 'cp -r --reflink=never "$1" "$2" && sync -f "$2"'
-    return timed(["sh", "-c", script, "sh", base, target], target)
+    with _fresh(base.parent) as place:
+        return timed(["sh", "-c", script, "sh", base, place / "copy"])
 
 
 def read(folders: Iterable[Path]) -> Run:

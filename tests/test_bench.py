@@ -6,6 +6,9 @@ import argparse
 import json
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +145,73 @@ def test_works_are_measured_and_told(folder: Path, tmp_path: Path) -> None:
     assert len(list(into.glob("*.svg"))) >= 2
 
 
+@needs_time
+def test_what_runs_ends_with_the_benchmark(tmp_path: Path) -> None:
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    pids = tmp_path / "pids"
+    script = f"sleep 100 & echo $! >> {pids}; echo $$ >> {pids}; wait"
+
+    def stop() -> None:
+        while not pids.exists() or pids.read_text().count("\n") < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop)
+    try:
+        stopper.start()
+        with pytest.raises(KeyboardInterrupt):
+            bench_runs.timed(["sh", "-c", script])
+    finally:
+        stopper.join()
+        signal.signal(signal.SIGINT, usual)
+    left = [Path("/proc", pid, "stat") for pid in pids.read_text().split()]
+    until = time.monotonic() + 10
+    while any(is_running(stat) for stat in left) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(is_running(stat) for stat in left)
+
+
+def is_running(stat: Path) -> bool:
+    """By what the kernel says of a process; one that is dead may wait to be collected."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@needs_time
+def test_no_merge_goes_on_with_what_a_stopped_one_left(folder: Path) -> None:
+    (work,) = (w for w in bench_works.headline(folder) if w.name == "3 adapters, ties")
+    left = folder / "bench-before.out" / "out"
+    left.mkdir(parents=True)
+    (folder / "out").mkdir()
+    (folder / "out" / "kept").touch()
+    run = bench_runs.merge(work.recipe)
+    assert run.report["resumed_bytes"] == 0 and run.report["written_bytes"] > 0
+    assert not list(folder.glob("bench-*.out"))
+    assert (folder / "out" / "kept").exists()  # which is not ours
+
+
+@needs_time
+@pytest.mark.usefixtures("tiny")
+def test_a_stopped_benchmark_tells_what_it_has_and_what_is_left(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure(part: Part, peers: Path) -> Round:
+        if part.state == "cold":
+            raise KeyboardInterrupt
+        return Round(part.name, part.state, "2026-01-01", {bench.COPY: 2.0}, (ROW,))
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert bench.main(options_of(folder, tmp_path, "--only", "q and v")) == 75
+    told = capsys.readouterr()
+    assert "left for the same command again: headline, only q and v, cold" in told.err
+    assert "| three | 4.0 |" in told.out and (tmp_path / "bench.md").read_text() in told.out
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_name_that_nothing_has_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no work has that in its name: nothing"):
@@ -164,11 +234,15 @@ def test_what_is_kept_is_not_measured_again(
     options = argparse.Namespace(minutes=1, peers_python=Path("python"))
     with pytest.raises(KeyboardInterrupt):
         bench.run(parts, Kept(tmp_path / "runs.jsonl", HERE), options)
-    assert bench.run(parts, Kept(tmp_path / "runs.jsonl", HERE), options) == []
+    kept = Kept(tmp_path / "runs.jsonl", HERE)
+    assert [bench.missing(part, kept) for part in parts] == [True, True]
+    bench.run(parts, kept, options)
+    assert [bench.missing(part, kept) for part in parts] == [False, False]
     assert measured == ["first", "first", "first", "second", "second"]
     later = argparse.Namespace(minutes=-1, peers_python=Path("python"))
     more = [*parts, Part("third", no_works, rounds=1)]
-    assert bench.run(more, Kept(tmp_path / "runs.jsonl", HERE), later) == more[2:]
+    bench.run(more, kept, later)
+    assert [bench.missing(part, kept) for part in more] == [False, False, True]
 
 
 def no_works() -> Sequence[Work]:
