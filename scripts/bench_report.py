@@ -128,7 +128,9 @@ def markdown(rounds: Sequence[Round]) -> str:
         count = max(len(part) for part in every if part[0] in group)
         limits = ", ".join(f"{name} {value:.1f} s" for name, value in _limits(group).items())
         lines += ["", f"## {title(group[0].group, group[0].state, None)}", ""]
-        lines += [f"Rounds: {count}; {limits}.", "", *_table(TITLES, map(_cells, middle(group)))]
+        rows = middle(group)
+        lines += [f"Rounds: {count}; {limits}.", "", *_table(TITLES, map(_cells, rows))]
+        lines += [line for told in _spilling(rows) for line in ("", told)]
         picture = f"![{group[0].group}]({bench_pictures.file_name(group[0].group)})"
         lines += [] if picture in lines else ["", picture]  # one for all states
     for axis, name in AXES.items():
@@ -158,6 +160,16 @@ def _cells(row: Row) -> list[str]:
     seconds = [f"{row.seconds:.1f}", f"{row.limit_seconds:.1f}", f"{row.ratio:.2f}"]
     moved = (row.read_bytes, row.written_bytes, row.spilled_bytes, row.cache_bytes)
     return [row.work, *seconds, _mib(row.peak_bytes), *map(_gigabytes, moved)]
+
+
+def _spilling(rows: Sequence[Row]) -> Iterator[str]:
+    """Whether `--spill auto` chose well: promised within 5 % of the better of the two."""
+    ratios = {row.work: row.ratio for row in rows}
+    for work in ratios:
+        both = [work.replace("--spill auto", f"--spill {mode}") for mode in ("always", "never")]
+        if "--spill auto" in work and all(other in ratios for other in both):
+            times = ratios[work] / min(ratios[other] for other in both)
+            yield f"{work}: {times:.2f} times the better of always and never."
 
 
 def _growth(points: Iterable[Sequence[Round]]) -> Iterator[list[str]]:

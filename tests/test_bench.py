@@ -300,6 +300,15 @@ def test_the_report_of_growth_and_of_a_table(tmp_path: Path) -> None:
     assert set(re.findall(r"\]\((.*?)\)", text)) == pictures
 
 
+def test_auto_is_held_to_the_better_of_always_and_never(tmp_path: Path) -> None:
+    seconds = {"auto": 4.2, "always": 4.0, "never": 6.0}
+    rows = [replace(ROW, work=f"8 with --spill {m}", seconds=s) for m, s in seconds.items()]
+    rounds = [Round("spill", "warm", "2026-01-01", {bench.COPY: 2.0}, tuple(rows), machine=HERE)]
+    text = bench_report.write(rounds, tmp_path)
+    assert "8 with --spill auto: 1.05 times the better of always and never." in text
+    assert text.count("the better of") == 1
+
+
 def test_parts_of_one_group_share_a_table_and_a_picture(tmp_path: Path) -> None:
     tools = [replace(ROW, work=f"three, {tool}", tool=tool) for tool in ("mergekit", "PEFT")]
     rounds = [
