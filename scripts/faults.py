@@ -40,6 +40,10 @@ class Result:
     reason: str = ""  # why not all was tried
 
 
+# What a test that tries many times says of itself.
+COUNTS = ("tries", "survived", "equal")
+
+
 class Collector:
     """Adds up the reports of pytest by the rows that name their tests."""
 
@@ -50,7 +54,7 @@ class Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and not (report.when == "setup" and report.outcome != "passed"):
             return
-        told = dict(report.user_properties)
+        told = {name: int(str(value)) for name, value in report.user_properties if name in COUNTS}
         passed = int(report.outcome == "passed")
         for number, row in self._rows.items():
             if not any(_is_of(report.nodeid, test) for test in row.tests):
@@ -59,9 +63,9 @@ class Collector:
             if report.outcome == "skipped":
                 result.reason = str(report.longrepr[-1]) if report.longrepr else "skipped"  # type: ignore[index]
                 continue
-            result.tries += int(told.get("tries", 1))
-            result.survived += int(told.get("survived", passed))
-            result.equal += int(told.get("equal", passed))
+            result.tries += told.get("tries", 1)
+            result.survived += told.get("survived", passed)
+            result.equal += told.get("equal", passed)
 
 
 def _is_of(node: str, test: str) -> bool:

@@ -178,7 +178,8 @@ def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: An
 
 @cli.command()
 @recipe_options
-def plan(config: str | None, as_json: bool, **options: Any) -> None:
+@click.option("--tensors", is_flag=True, help="Also what happens to each tensor.")
+def plan(config: str | None, as_json: bool, tensors: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
     recipe = _recipe(config, options)
     from streammerge import progress
@@ -191,7 +192,8 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
         made = _plan(recipe, options, emit, options["out"])
         if config or options["out"]:  # else it is not known where the output would go
             check_room_for(made, output_folder(recipe, config or recipe, options["out"]))
-    _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
+    each = list(made.tensors()) if tensors else None
+    _print(progress.plan_as_json(made, each) if as_json else progress.describe_plan(made, each))
 
 
 @cli.command()

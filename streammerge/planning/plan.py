@@ -23,6 +23,7 @@ from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
 from streammerge.planning.spaces import check_core, split
 from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
+from streammerge.planning.tensors import TensorPlan, tensor_plan
 from streammerge.planning.ties import settle_ties
 from streammerge.planning.vocabulary import settle_vocabulary
 from streammerge.recipe import Recipe
@@ -56,6 +57,11 @@ class Plan:
         """Composed one by one, in the order of the output's files."""
         composer = Composer(self.recipe, self.inputs, self.files, self.chooser, self.store)
         return _jobs(composer, self.layouts, self.adapter)
+
+    def tensors(self) -> Iterator[TensorPlan]:
+        """What happens to each output tensor that has elements, in the order of `jobs`."""
+        names = [entry.name for entry in self.recipe.entries]
+        return (tensor_plan(job, names) for job in self.jobs())
 
     def changes(self) -> dict[str, str]:
         """Output tensor -> the base's that it changes."""
