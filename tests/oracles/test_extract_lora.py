@@ -16,7 +16,7 @@ from test_logits import CONV1D, MEMORY, TIGHT, logits
 import streammerge as sm
 from streammerge import events
 from streammerge.commands.extract import recipe_of
-from streammerge.commands.recompute import recompute
+from streammerge.commands.recompute import Lead, recompute
 from streammerge.commands.verify import verify
 from streammerge.errors import BadInput, ConfigError
 from streammerge.recipe import to_yaml
@@ -164,13 +164,13 @@ def test_what_was_cut_is_verified_derived_again_and_known(shelf: Shelf, tmp_path
     assert found.summed == found.tensors
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(recipe))
-    assert recompute(found, 99, config=again, memory=MEMORY).derived == found.tensors
+    assert recompute(found, 99, Lead(again, MEMORY)).derived == found.tensors
     weights = tmp_path / "out" / "adapter_model.safetensors"
     data = weights.read_bytes()
     assert sm.merge(recipe, out=tmp_path / "out", memory=MEMORY).already_done
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(BadInput, match="is not what the inputs give"):
-        recompute(found, 99, config=again, memory=MEMORY)
+        recompute(found, 99, Lead(again, MEMORY))
 
 
 @pytest.mark.parametrize("place", ["trim", "write_companions"])
