@@ -49,10 +49,10 @@ def _draw_ratios(parts: Sequence[tuple[str, list[Row]]], path: Path) -> None:
     if max(ratios) > 20 * min(ratios):
         axes.set_xscale("log")
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=8)
-    axes.set_ylim(len(names) - 0.1, -0.5)
+    axes.set_ylim(len(names) - 0.05 - height / 2, -0.15 - height / 2)
     axes.margins(x=0.1)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("seconds of the merge / seconds of reading its inputs and writing its output")
+    axes.set_xlabel("seconds / seconds to read the inputs and write the output")
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     _save(figure, path)
 
@@ -93,7 +93,7 @@ def _places(values: Sequence[float | str | None]) -> list[float]:
 def _ticks(panel: Any, xs: Sequence[float], names: Sequence[str], label: str) -> None:
     panel.set_xticks(xs, names, fontsize=8)
     panel.set_xlabel(label)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.08 * panel.dataLim.y1)  # nearly level curves have no margin of their own
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -92,7 +92,8 @@ def catalogue(folder: Path, kind: str) -> Iterator[Work]:
         models = tuple(folder / f"{prefix}-{i}" for i in range(min(3, spec.models[1] or 3)))
         path = folder / f"{kind}-{method}.yaml"
         path.write_text(recipe_text(method, models, adapters=kind == "adapters"))
-        name = f"{len(models)} {kind}, {method}"
+        what = kind if len(models) > 1 else kind.removesuffix("s")
+        name = f"{len(models)} {what}, {method}"
         yield Work(name, path, base, models, method, full=kind == "models")
 
 
