@@ -122,7 +122,7 @@ def _plan(out: Path, lead: Lead) -> Plan:
 def _compare_identity(out: Path, record: Record, plan: Plan) -> tuple[str, ...]:
     """Refuse other inputs or another recipe; returns notes where other libraries compute."""
     recipe_yaml = to_yaml(plan.recipe, portable=True)
-    now = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
+    now = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer, plan.device)
     found = differences(recorded_identity(out, record), now)
     if found.merge:
         raise BadInput(
