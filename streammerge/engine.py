@@ -64,15 +64,16 @@ def plan(
 
     `config` is the path of a recipe, or a recipe. `memory` bounds the peak resident memory of
     the process, as bytes or as text such as `2GiB`; without it, half of what is free. `threads`
-    defaults to the CPUs that the process may use. `device` is "auto", "cpu", "cuda" or "cuda:N";
-    auto takes a CUDA device where there is one, and goes on with the kind that began. `spill` says whether rows that are wanted again
-    are kept on disk: in the folder `cache`, else beside the output `out`, and there for good with
-    `keep_cache`. `allow_pickle` reads tensors, and nothing else, from pickles of PyTorch where a
-    folder has no safetensors. Raises StreammergeError, `Refused` for several problems at once.
+    defaults to the CPUs that the process may use. `device` is "auto", "cpu", "cuda" or "cuda:N":
+    auto takes a CUDA device where torch finds one, and goes on with the kind that began. `spill`
+    says whether rows that are wanted again are kept on disk: in the folder `cache`, else beside the
+    output `out`, and there for good with `keep_cache`. `allow_pickle` reads tensors, and nothing
+    else, from pickles of PyTorch where a folder has no safetensors. Raises StreammergeError,
+    `Refused` for several problems at once.
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
-    budget = parse_size(memory) if isinstance(memory, str) else memory
+    budget = parse_size(memory, "--memory") if isinstance(memory, str) else memory
     made = None
     if recipe is not None:
         options = _spill_options(recipe, config, out, spill, cache, keep=keep_cache)

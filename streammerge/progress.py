@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from streammerge.events import Emit, Event, Note, Progress, Warned, ignore
 from streammerge.planning import Plan
 from streammerge.planning.spill import SpillTotal
+from streammerge.planning.tensors import TensorPlan
+from streammerge.planning.traffic import Passes
 from streammerge.recipe import Recipe, to_yaml
 from streammerge.report import Report, describe_missed
 from streammerge.sizes import format_size
@@ -62,8 +64,14 @@ def _spilling(plan: Plan) -> str:
     return f", spilling {format_size(nbytes)} to {plan.chooser.place}" if nbytes else ""
 
 
-def describe_plan(plan: Plan) -> str:
-    """The plan for a person."""
+def plan_as_json(plan: Plan, tensors: Sequence[TensorPlan] | None = None) -> str:
+    """The plan for a program, with a list of the tensors where they are given."""
+    each = {} if tensors is None else {"each_tensor": [one.as_dict() for one in tensors]}
+    return json.dumps({**plan.as_dict(), **each})
+
+
+def describe_plan(plan: Plan, tensors: Sequence[TensorPlan] | None = None) -> str:
+    """The plan for a person, with a line for each of the tensors where they are given."""
     demand, flight = plan.demand, plan.flight
     lines = [f"method    {plan.recipe.method.name}"]
     lines += [f"output    {line}" for line in _adapter(plan)]
@@ -82,7 +90,31 @@ def describe_plan(plan: Plan) -> str:
     ]
     lines += [f"note      {note}" for note in plan.notes]
     lines += [f"warning   {warning}" for warning in plan.warnings]
+    lines += ["", *_in_columns(map(_tensor_cells, tensors))] if tensors else []
     return "\n".join(lines)
+
+
+def _tensor_cells(one: TensorPlan) -> tuple[str, ...]:
+    shape = " x ".join(map(str, one.spec.shape))
+    by = f" from {', '.join(one.models)}" if one.models else ""
+    spilled = f", {format_size(one.spilled_bytes)} spilled" if one.spilled_bytes else ""
+    moved = f"{format_size(one.traffic.read_bytes)}, {format_size(one.traffic.write_bytes)} written"
+    return (
+        one.spec.name,
+        one.spec.dtype.label,
+        shape,
+        one.action + by,
+        f"read {_times(one.traffic.reads)}{_purposes(one.traffic.passes)}: {moved}{spilled}",
+    )
+
+
+def _in_columns(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Each column as wide as its longest cell."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join(padded).rstrip()
 
 
 def describe_report(report: Report) -> str:
@@ -136,10 +168,13 @@ def _models(plan: Plan) -> Iterator[str]:
 def _passes(plan: Plan) -> Iterator[str]:
     """For tensors that are read alike: how often, for what, and how much that is for each."""
     for waves, group in plan.demand.passes.items():
-        names = [" and ".join(dict.fromkeys(map(_purpose, wave))) for wave in waves]
-        purposes = f" for {', then '.join(names)}, then to merge" if names else ""
         each = format_size(group.read_bytes // group.tensors)
-        yield f"{group.tensors} read {_times(1 + len(waves))}{purposes}: {each} each"
+        yield f"{group.tensors} read {_times(1 + len(waves))}{_purposes(waves)}: {each} each"
+
+
+def _purposes(waves: Passes) -> str:
+    names = [" and ".join(dict.fromkeys(map(_purpose, wave))) for wave in waves]
+    return f" for {', then '.join(names)}, then to merge" if names else ""
 
 
 def _purpose(statistic: str) -> str:

@@ -135,7 +135,7 @@ def recorded_changes(out: Path) -> tuple[Change, ...]:
 def recorded_misses(out: Path) -> dict[str, Missed]:
     """What the factors of an adapter miss, as the record of a finished output says."""
     found = read_record(out).approximations
-    return {name: Missed(one.update, one.missed) for name, one in found.items()}
+    return {name: Missed(one.rank, one.update, one.missed) for name, one in found.items()}
 
 
 def recorded_identity(out: Path, record: Record) -> Identity:
@@ -197,7 +197,8 @@ def write_companions(
             untied=plan.outline.untied,
             vocabulary=plan.outline.vocabulary,
         )
-        copy_donated(folder, donated(donor.path, plan.outline.tokenizer), donor.config, config)
+        given, digests = donated(donor.path, plan.outline.tokenizer), identity.inputs["donated"]
+        copy_donated(folder, given, digests, donor.config, config)
         write_index(folder, written.layouts)
     recipe_yaml = to_yaml(recipe, portable=True)
     folders = [m.adapter.folder.path if m.adapter else m.folder.path for m in inputs.models]
@@ -233,7 +234,7 @@ def _record(
         environment=identity.environment,
         inputs=identity.inputs,
         changes=tuple(_change(change) for change in changes.result()),
-        approximations=_approximations(written),
+        approximations={name: _approximation(one) for name, one in written.missed.items()},
         files=companion_digests(folder, shards),
         shards=shards,
         tensors=dict(sorted(written.sums.tensors.items())),
@@ -245,13 +246,8 @@ def _shard(layout: ShardLayout, planned: str, crc32c: int | None) -> ShardRecord
     return ShardRecord(layout.size_bytes, digest, crc32c, None if planned == digest else planned)
 
 
-def _approximations(written: Written) -> dict[str, ApproximationRecord]:
-    factored = written.adapter.factored if written.adapter else ()
-    ranks = {one.tensor: one.rank for one in factored}
-    return {
-        name: ApproximationRecord(ranks[name], _digits(one.update), _digits(one.missed))
-        for name, one in written.missed.items()
-    }
+def _approximation(one: Missed) -> ApproximationRecord:
+    return ApproximationRecord(one.rank, _digits(one.update), _digits(one.missed))
 
 
 def _change(change: Change) -> ChangeRecord:

@@ -41,8 +41,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """What a pair of factors misses of the merged update of one tensor; Frobenius norms."""
+    """What factors of a rank miss of the merged update of one tensor; Frobenius norms."""
 
+    rank: int
     update: float
     missed: float
 
@@ -56,13 +57,16 @@ def describe_missed(missed: Mapping[str, Missed]) -> list[str]:
     """A line on what factors miss of all updates together, and where most; none if nothing."""
     if not missed:
         return []
+    ranks = sorted({one.rank for one in missed.values()})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     whole = Missed(
+        ranks[-1],
         math.hypot(*(one.update for one in missed.values())),
         math.hypot(*(one.missed for one in missed.values())),
     )
     worst = max(missed, key=lambda name: missed[name].relative)
     return [
-        f"the factors miss {100 * whole.relative:.2g} % of the merged update, at most "
+        f"the factors, of {span}, miss {100 * whole.relative:.2g} % of the merged update, at most "
         f"{100 * missed[worst].relative:.2g} % of a tensor's ({worst})"
     ]
 
@@ -115,7 +119,8 @@ class Changes:
         updates, approximation = others[: len(models)], others[len(models) :]
         if approximation:
             update, missed = approximation
-            self._missed[tensor] = Missed(math.sqrt(update), math.sqrt(missed))
+            rank = self._tensors[tensor].spec.shape[1]  # of B, [out, rank]
+            self._missed[tensor] = Missed(rank, math.sqrt(update), math.sqrt(missed))
         for model, squared in zip(models, updates, strict=True):
             if not self._models[model].takes_part(tensor):
                 continue

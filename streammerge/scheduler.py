@@ -103,7 +103,7 @@ class Course:
         if isinstance(job, CopyJob):
             self._last.extend(item for item in _copies(job) if item.index not in done.pieces)
             return
-        self._grid = grid.tiles(job.merged.spec)
+        self._grid = grid.tiles(job.merged.measured)
         if any(index not in done.pieces for index in range(len(job.tiles()))):
             self._sort({**job.merged.start(self._state_bytes, done.values), **done.values})
             self._start_wave(job)

@@ -24,10 +24,11 @@ _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([a-z]*)")
 _MOST_BYTES = 2**63 - 1
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, where: str | None = None) -> int:
     """Bytes of a size such as `2GiB` (2^31), `2GB` (2 * 10^9), `1.5GiB` or `1048576`.
 
-    Units count in any case of letters; a fraction of a byte is cut off.
+    Units count in any case of letters; a fraction of a byte is cut off. `where` it was given, such
+    as an option, stands before the error.
 
     Raises ConfigError when the text is no size, less than one byte, or more than a file can hold.
     """
@@ -38,6 +39,7 @@ def parse_size(text: str) -> int:
             return size
     raise ConfigError(
         "this is not a size",
+        where=where,
         found=repr(text),
         expected="a number of bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB",
         remedy="for example 2GiB or 512MiB",

@@ -32,14 +32,13 @@ def trim(written: Written, state: RunDirectory) -> Written:
     assert adapter is not None and adapter.missed_share is not None  # else nothing is to be cut
     header = read_header(state.shards / layout.name)
     stamp = Stamp(header.size_bytes, header.mtime_ns, header.inode)
-    ranks, missed = {}, {}
+    missed = {}
     with Files({header.path: stamp}, "read") as files:
         for one in adapter.factored:
             if (whole := written.missed.get(one.tensor)) is not None:
                 squares = _strengths(files, one, header.tensors)
-                rank, left = least_rank(whole, squares, adapter.missed_share)
-                ranks[one.tensor], missed[one.tensor] = rank, left
-        trimmed = adapter.of_ranks(ranks)
+                missed[one.tensor] = least_rank(whole, squares, adapter.missed_share)
+        trimmed = adapter.of_ranks({tensor: left.rank for tensor, left in missed.items()})
         target = trimmed.layout()
         state.drop(state.output / target.name)  # as a run left it that was stopped here
         sums = cut(files, header.tensors, state.output, target)
@@ -54,16 +53,16 @@ def _strengths(files: Files, one: Factored, stored: Mapping[str, Extent]) -> Per
     return row_squares(files, stored[one.a.name]) * column_squares(files, stored[one.b.name])
 
 
-def least_rank(whole: Missed, strengths: PerModel, share: float) -> tuple[int, Missed]:
-    """The least rank that misses no more than a share of the squared norm, and what it misses.
+def least_rank(whole: Missed, strengths: PerModel, share: float) -> Missed:
+    """What is missed at the least rank that misses no more than a share of the squared norm.
 
-    `whole` is what all columns miss. All of them where none is enough; at least one.
+    `whole` is what all columns miss: the answer where that is too much. At least one is left.
     """
     tails = np.append(np.cumsum(strengths[::-1])[::-1][1:], 0.0)  # [r]: beyond rank r + 1
     left = whole.missed**2 + tails
     enough = np.flatnonzero(left <= share * whole.update**2)
     rank = int(enough[0]) + 1 if len(enough) else len(strengths)
-    return rank, Missed(whole.update, math.sqrt(left[rank - 1]))
+    return Missed(rank, whole.update, math.sqrt(left[rank - 1]))
 
 
 def unmet(written: Written) -> list[str]:

@@ -328,6 +328,11 @@ class Merged(Protocol):
     def spec(self) -> TensorSpec: ...
 
     @property
+    def measured(self) -> TensorSpec:
+        """The tensor whose tiles are measured: the same, unless the merge is a factor of it."""
+        ...
+
+    @property
     def resident_bytes(self) -> int:
         """What is held in memory from the first tile until `release`, statistics not counted."""
         ...

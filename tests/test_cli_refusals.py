@@ -135,6 +135,22 @@ def test_all_problems_are_said_at_once(inputs: Path, refused: Refused) -> None:
     assert refused(66, recipe="cfg.yaml").stderr.count("error: ") == 2
 
 
+@pytest.mark.parametrize("option", ["--memory", "--shard-size"])
+def test_a_size_that_is_none_names_its_option(made: Path, option: str) -> None:
+    done = run("plan", "ties.yaml", option, "lots", cwd=made)
+    assert done.returncode == 78
+    assert f"error: {option}: this is not a size" in done.stderr and "'lots'" in done.stderr
+
+
+def test_a_fine_tune_that_is_its_own_base_is_refused(made: Path, tmp_path: Path) -> None:
+    arguments = ("--base", "./base", "--rank", "4", "--out", tmp_path / "out")
+    done = run("extract-lora", "base", *arguments, cwd=made)
+    assert done.returncode == 78
+    assert (
+        "error: the fine-tune is its own base" in done.stderr and "command line" not in done.stderr
+    )
+
+
 def test_an_unknown_method_names_its_nearest(inputs: Path, refused: Refused) -> None:
     write_recipe(inputs, "tise")
     refused(78, "tise.yaml:2:15: ", "'tise'", "did you mean `ties`?", recipe="tise.yaml")

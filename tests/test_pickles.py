@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from streammerge.errors import BadInput, ConfigError, Problems, Refused, StreammergeError
@@ -133,6 +134,27 @@ def test_without_the_option_nothing_is_opened(inputs: Path, tmp_path: Path, fold
     assert allowed.returncode == 0, allowed.stderr
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_tied_head_lies_where_its_embedding_lies(tmp_path: Path, shared: bool) -> None:
+    """transformers saved both names of one tensor; from safetensors it comes to the same."""
+    own = make_inputs(tmp_path)
+    recipe, base = write_recipe(own, "ties"), own / "base"
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    held = {
+        n: one for path in sorted(base.glob("*.safetensors")) for n, one in load_file(path).items()
+    }
+    embedding = held["model.embed_tokens.weight"]
+    held["lm_head.weight"] = embedding if shared else embedding.clone()
+    for path in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
+        path.unlink()
+    torch.save(held, base / "pytorch_model.bin")
+    out = sm.merge(recipe, out=tmp_path / "from-pickle", allow_pickle=True).out
+    held["lm_head.weight"] = embedding.clone()
+    save_file(held, base / "model.safetensors")
+    assert tensor_digest(out) == tensor_digest(sm.merge(recipe, out=tmp_path / "other").out)
+
+
 def test_safetensors_win_where_both_are_there(inputs: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(inputs / "base", tmp_path / "own"))
     (own / "pytorch_model.bin").write_bytes(b"never opened")
@@ -166,6 +188,15 @@ def test_where_the_bytes_lie(tmp_path: Path) -> None:
             expected = bytes(flat.tolist()) if flat is not None else b""
             assert pread(descriptor, extent.spec.nbytes, extent.offset) == expected, name
     assert header.tensors["shared"].offset == header.tensors["whole"].offset
+
+
+def test_links_are_followed_whatever_their_names(tmp_path: Path) -> None:
+    """As in a hub cache."""
+    (tmp_path / "blobs of it").mkdir()
+    blob = saved(tmp_path / "blobs of it", {"a": torch.ones(3)})
+    link = tmp_path / "it (1).bin"
+    link.symlink_to(blob)
+    assert read(link).tensors["a"] == replace(read(blob).tensors["a"], path=str(link))
 
 
 class Command:

@@ -2,6 +2,7 @@
 
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.folder import AdapterFolder, find_adapter, open_adapter
+from streammerge.adapters.heads import with_named_head
 from streammerge.adapters.resolve import ResolvedAdapter, resolve_adapter
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "find_adapter",
     "open_adapter",
     "resolve_adapter",
+    "with_named_head",
 ]

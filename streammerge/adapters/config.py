@@ -72,6 +72,7 @@ class LoraConfig:
     adalora: AdaLora | None = None
     bias: str = "none"
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()  # modules that were trained in full, by ends of names
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
     residual: tuple[str, ...] = ()  # fields by which training changed its base when it started
@@ -133,8 +134,11 @@ def read_config(
 # ---------------------------------------------------------------------------------------- fields
 
 
+_MOST = 2**31  # of a rank: no tensor has so many rows, and a float holds it
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
 
 
 def _is_number(value: object) -> bool:
@@ -151,6 +155,10 @@ def _is_flags(value: object) -> bool:
 
 def _is_name(value: object) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _is_bias(value: object) -> bool:
@@ -179,8 +187,13 @@ class _Fields:
         self._problems = problems
 
     def config(self) -> LoraConfig:
-        count, number = "a positive whole number", "a number, finite and of sensible size"
-        adalora = self._adalora() if self._raw["peft_type"] == "ADALORA" else None
+        count, number = (
+            "a positive whole number below 2^31",
+            "a number, finite and of sensible size",
+        )
+        kind = self._raw["peft_type"]
+        adalora = self._adalora() if kind == "ADALORA" else None
+        tokens = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
         return LoraConfig(
             r=self._take("r", 8, _is_count, count),
             alpha=self._take("lora_alpha", 8.0, _is_number, number),
@@ -195,7 +208,10 @@ class _Fields:
             kasa=not is_off(self._raw.get("kasa_config")),
             adalora=adalora,
             bias=self._take("bias", "none", _is_bias, "none, all or lora_only"),
-            trainable_token_indices=self._tokens(),
+            trainable_token_indices=self._tokens(tokens),
+            modules_to_save=tuple(
+                self._take("modules_to_save", [], _are_names, "a list of names") or ()
+            ),
             base_model_name_or_path=self._take("base_model_name_or_path", None, _is_name, "a name"),
             peft_version=self._take("peft_version", None, _is_name, "a version"),
             residual=tuple(extra.field for extra in asked_extras(self._raw) if extra.residual),
@@ -213,7 +229,7 @@ class _Fields:
             "names of lora_E, each with a list of true or false",
         )
         return AdaLora(
-            init_r=self._take("init_r", 12, _is_count, "a positive whole number"),
+            init_r=self._take("init_r", 12, _is_count, "a positive whole number below 2^31"),
             ranks={key.partition(".lora_E")[0]: sum(flags) for key, flags in kept.items()},
         )
 
@@ -237,10 +253,10 @@ class _Fields:
             self._refuse(key, f"{error.pattern!r}: {error}", "regular expressions on module names")
             return Patterns()
 
-    def _tokens(self) -> dict[str, tuple[int, ...]]:
+    def _tokens(self, key: str) -> dict[str, tuple[int, ...]]:
         expected = "row numbers from 0 on, or a list of them for each module"
         none: dict[str, list[int]] | list[int] | None = None
-        value = self._take("trainable_token_indices", none, _are_tokens, expected)
+        value = self._take(key, none, _are_tokens, expected)
         named = value if isinstance(value, dict) else {"": value or []}
         return {name: tuple(rows) for name, rows in named.items() if rows}
 

@@ -115,7 +115,6 @@ IGNORED: Final = frozenset(
         "lora_dropout",
         "layers_to_transform",
         "layers_pattern",
-        "modules_to_save",
         "ensure_weight_tying",
         "megatron_core",
         "qalora_group_size",
@@ -143,23 +142,30 @@ USED: Final = frozenset(
         "lora_bias",
         "bias",
         "trainable_token_indices",
+        "modules_to_save",
     ]
 )
 
-# The fields that only AdaLoRA has: `init_r` decides its scale, the others steered the training.
-ADALORA: Final = frozenset(
-    [
-        "init_r",
-        "target_r",
-        "tinit",
-        "tfinal",
-        "deltaT",
-        "beta1",
-        "beta2",
-        "orth_reg_weight",
-        "total_step",
-    ]
-)
+# The kinds that are merged, with the fields that only they have. Of AdaLoRA's, `init_r` decides its
+# scale, and of trained tokens `token_indices` their rows; the others steered the training.
+KINDS: Final[Mapping[str, frozenset[str]]] = {
+    "LORA": frozenset(),
+    "ADALORA": frozenset(
+        [
+            "init_r",
+            "target_r",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "total_step",
+        ]
+    ),
+    "TRAINABLE_TOKENS": frozenset(["token_indices", "init_weights"]),
+}
+_KINDS_IN_WORDS: Final = " or ".join(f'"{kind}"' for kind in KINDS)
 
 # Adapters that change no weight: there is nothing to merge.
 NO_WEIGHTS: Final = {
@@ -199,7 +205,6 @@ OTHER_WEIGHTS: Final = {
     "C3A": "C3A",
     "ROAD": "RoAd",
     "LN_TUNING": "trained layer norms",
-    "TRAINABLE_TOKENS": "trainable tokens",
 }
 
 
@@ -233,9 +238,7 @@ def refused_fields(
                 found=f"{extra.field}: {show(raw[extra.field])}",
                 remedy=extra.remedy,
             )
-    known = USED | IGNORED | {extra.field for extra in EXTRAS}
-    if raw.get("peft_type") == "ADALORA":
-        known |= ADALORA
+    known = USED | IGNORED | {extra.field for extra in EXTRAS} | KINDS[raw["peft_type"]]
     for field, value in raw.items():
         if field not in known and not is_off(value):
             yield BadInput(
@@ -249,22 +252,22 @@ def refused_fields(
 
 
 def refused_type(peft_type: object, where: str) -> BadInput | None:
-    """The refusal of every kind of adapter but LoRA, under the name people know it by."""
-    if peft_type in ("LORA", "ADALORA"):
+    """The refusal of every kind of adapter that is not merged, by the name people know it by."""
+    if isinstance(peft_type, str) and peft_type in KINDS:
         return None
     if not isinstance(peft_type, str):
         return BadInput(
             "`peft_type` does not say what kind of adapter this is",
             where=where,
-            found=show(peft_type),
-            expected='"LORA" or "ADALORA"',
+            found="nothing" if peft_type is None else show(peft_type),
+            expected=_KINDS_IN_WORDS,
             remedy="save the adapter again with PEFT, which writes it",
         )
     in_words = NO_WEIGHTS.get(peft_type) or OTHER_WEIGHTS.get(peft_type, show(peft_type))
     return BadInput(
-        f"only LoRA adapters are merged; this one is {in_words}",
+        f"only LoRA adapters and trained tokens are merged; this one is {in_words}",
         where=where,
         found=f"peft_type: {show(peft_type)}",
-        expected='"LORA" or "ADALORA"',
+        expected=_KINDS_IN_WORDS,
         remedy=_NOT_ONE_WEIGHT if peft_type in NO_WEIGHTS else f"if PEFT can, {MERGE_FIRST}",
     )

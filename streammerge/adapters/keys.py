@@ -52,6 +52,16 @@ _OTHER_TENSORS: Final = tuple(
     )
 )
 
+# torch's MultiheadAttention keeps the three input projections in one parameter, under no module.
+_MULTIHEAD: Final = re.compile(r"(?P<module>.+)\.base_layer\.out_proj\..+")
+_TWICE: Final = Fault(
+    "LoRA on torch's MultiheadAttention, of which the file does not tell the meaning",
+    "LoRA on layers whose update counts once: PEFT up to 0.21.2 adds that of `out_proj` twice, in "
+    "training as in a merge",
+    "merge it with the release of PEFT that trained it (merge_and_unload), save that and list it "
+    "under `models`",
+)
+
 _SEVERAL_NAMES: Final = Fault(
     "tensors under more than one adapter name in one file",
     "the tensors of one adapter, under one name or none",
@@ -79,6 +89,7 @@ def sort_tensors(tensors: Mapping[str, Extent], findings: Findings) -> Contents:
     names: dict[str, str] = {}  # adapter name in the keys -> the first key that has it
     saved: dict[str, Extent] = {}
     training_state = 0
+    multihead: set[str] = set()
     for key, extent in tensors.items():
         found = _PART.fullmatch(key)
         part = _PARTS.get((found["what"], found["end"])) if found else None
@@ -87,10 +98,15 @@ def sort_tensors(tensors: Mapping[str, Extent], findings: Findings) -> Contents:
             parts.setdefault(found["module"], {})[part] = extent
         elif _TRAINING_STATE.search(key):
             training_state += 1
+        elif attention := _MULTIHEAD.fullmatch(key):
+            findings.add(_TWICE, key)
+            multihead.add(attention["module"])
         elif ".lora_" not in key:
             saved[key] = extent
         else:
             findings.add(next(fault for like, fault in _OTHER_TENSORS if like.search(key)), key)
+    for module in multihead:
+        parts.pop(module, None)  # of the input projections, which are refused with the other
     if len(names) > 1:
         for key in names.values():
             findings.add(_SEVERAL_NAMES, key)

@@ -21,13 +21,19 @@ from streammerge.storage.smallfile import show
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A change of leading parts: the first prefix that fits is replaced, other names stay."""
+    """A change of leading parts: the first prefix that fits is replaced, other names stay.
+
+    `inner` are parts of names that are replaced wherever they stand, one after the other.
+    """
 
     about: str
     prefixes: tuple[tuple[str, str], ...]
+    inner: tuple[tuple[str, str], ...] = ()
 
     def apply(self, name: str) -> str:
         """The name after the move."""
+        for old, new in self.inner:
+            name = name.replace(old, new)
         for old, new in self.prefixes:
             if name.startswith(old):
                 return new + name.removeprefix(old)
@@ -37,6 +43,14 @@ class Move:
 # The head stands beside the body, so a prefix that the body gains or loses is not the head's.
 _HEAD: Final = ("lm_head", "lm_head")
 AS_THEY_ARE: Final = Move("as they are", ())
+# transformers 5 calls the layers of vision models as it calls those of language models. Files keep
+# the names that these models had before.
+_VISION_ATTENTION: Final = (
+    (".attention.q_proj", ".attention.attention.query"),
+    (".attention.k_proj", ".attention.attention.key"),
+    (".attention.v_proj", ".attention.attention.value"),
+    (".attention.o_proj", ".attention.output.dense"),
+)
 MOVES: Final = (
     # transformers 4.52 drew the parts of vision-language models together under `model.`, for the
     # LLaVA family and for Qwen2-VL in different ways; files on disk mostly keep the older names.
@@ -83,6 +97,31 @@ MOVES: Final = (
             ("", "thinker."),
         ),
     ),
+    Move("with attention named as DINOv2's was before transformers 5", (), _VISION_ATTENTION),
+    Move(
+        "with layers named as ViT's were before transformers 5",
+        (),
+        (
+            *_VISION_ATTENTION,
+            (".mlp.fc1", ".intermediate.dense"),
+            (".mlp.fc2", ".output.dense"),
+            (".layers.", ".encoder.layer."),
+        ),
+    ),
+    Move(
+        "with blocks named as Swin's were before transformers 5",
+        (),
+        (
+            (".attention.q_proj", ".attention.self.query"),
+            (".attention.k_proj", ".attention.self.key"),
+            (".attention.v_proj", ".attention.self.value"),
+            (".attention.o_proj", ".attention.output.dense"),
+            (".mlp.fc1", ".intermediate.dense"),
+            (".mlp.fc2", ".output.dense"),
+        ),
+    ),
+    # Nemotron-H's files call the body `backbone`, as Mamba's do.
+    Move("with the body named `backbone`", (("model.", "backbone."),)),
     # GPT-NeoX's head lies in the file under its first name.
     Move("with the head named `embed_out`", (("lm_head", "embed_out"),)),
     Move("with the head named `lm_head`", (("embed_out", "lm_head"),)),
@@ -151,7 +190,7 @@ def _report_missing(
     trained_on = f"; it was trained on {show(named_base)}" if named_base else ""
     fault = Fault(
         f"names in the adapter that name no tensor of the base, out of {len(names)}",
-        "one change of leading parts, the same for all names, after which each is a tensor's",
+        "names of tensors of the base, but for one prefix that all of them have or lack",
         f"check that the adapter belongs to this base{trained_on}",
     )
     for place, name in enumerate(missing):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from streammerge.adapters.config import LoraConfig
@@ -12,18 +13,26 @@ from streammerge.adapters.faults import Fault, Findings
 from streammerge.adapters.folder import AdapterFolder
 from streammerge.adapters.keys import sort_tensors
 from streammerge.adapters.lora import Orientation, fits, update_of
-from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors
+from streammerge.adapters.names import AS_THEY_ARE, Move, find_tensors, nearest
 from streammerge.adapters.pairs import Pair
 from streammerge.adapters.saved import Replacements, gather
 from streammerge.errors import BadInput, Problems
+from streammerge.storage.heads import is_of_a_task
 from streammerge.storage.smallfile import show
-from streammerge.storage.ties import Tie
 from streammerge.words import Addition, Extent, Factors, Update
 
 _NO_BIAS: Final = Fault(
     "biases of lora_B on layers of the base that have none",
     "a bias of the layer to add it to, of one number for each output feature",
     "train without lora_bias: no merged weight can hold such a bias; PEFT cannot merge it either",
+)
+
+
+_OTHER_TASK: Final = Fault(
+    "tensors of a classifier, or another head of a task, that the base does not have",
+    "a base with that head, whose numbers do not matter: the adapter's replace them",
+    "load the base with the head in transformers (AutoModelForSequenceClassification, "
+    "num_labels=...), save it, and merge into that",
 )
 
 
@@ -41,13 +50,13 @@ def resolve_adapter(
     folder: AdapterFolder,
     base: Mapping[str, Extent],
     base_config: Mapping[str, Any],
-    tie: Tie | None = None,
+    ties: Mapping[str, str] = MappingProxyType({}),
 ) -> ResolvedAdapter:
     """Find the base tensor of every tensor of an adapter, and check that each fits.
 
-    `base` is the base's tensors in file order, `base_config` its config.json, and `tie` says which
-    of them are one. Raises BadInput, or Refused with every kind of problem, unless all tensors of
-    the adapter can be applied.
+    `base` is the base's tensors in file order, `base_config` its config.json, and `ties` says
+    which of them are others of them. Raises BadInput, or Refused with every kind of problem, unless
+    all tensors of the adapter can be applied.
     """
     findings = Findings(folder.header.path)
     contents = sort_tensors(folder.header.tensors, findings)
@@ -55,14 +64,16 @@ def resolve_adapter(
     saved = gather(contents.saved, contents.name)
     weights = [f"{pair.module}.weight" for pair in pairs]
     named_base = folder.config.base_model_name_or_path
-    names = list(dict.fromkeys([*weights, *saved]))
+    names = [name for name in dict.fromkeys([*weights, *saved]) if not _is_foreign(name, base)]
+    for name in (name for name in saved if _is_foreign(name, base)):
+        findings.add(_OTHER_TASK, f"{name} (nearest: {', '.join(nearest(name, base))})")
     tensors, move = find_tensors(names, base, findings, named_base)
     replacements = Replacements(folder.config, findings)
     for name, tensor in tensors.items():
         if name in saved:
             replacements.add(name, saved[name], base[tensor])
-    if tie is not None:
-        replacements.share(tie.embedding, tie.head)
+    for name, of in ties.items():
+        replacements.share(of, name)
     named = zip(pairs, weights, strict=True)
     found = ((pair, tensors[weight]) for pair, weight in named if weight in tensors)
     targets = [(pair, replacements.target(base[tensor])) for pair, tensor in found]
@@ -76,6 +87,11 @@ def resolve_adapter(
     warnings = _lost_biases(folder.config, saved, tensors, base)
     in_order = {name: updates[name] for name in base if name in updates}
     return ResolvedAdapter(folder, in_order, tuple(notes), tuple(warnings))
+
+
+def _is_foreign(name: str, base: Mapping[str, Extent]) -> bool:
+    """Whether a tensor is of a head that the base lacks, not of one that has another name there."""
+    return is_of_a_task(name) and not any(map(is_of_a_task, base))
 
 
 def _raise_any(findings: Findings, folder: AdapterFolder, any_updates: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.copies import same_values
 from streammerge.adapters.faults import Fault, Findings
-from streammerge.storage.ties import is_vocabulary
+from streammerge.storage.heads import is_vocabulary
 from streammerge.words import Extent, Replacement, TensorSpec, Update
 
 _TOKENS: Final = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
@@ -24,7 +24,6 @@ _TOKENS: Final = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_token
 # count where a file holds several: what was trained, what was wrapped, what was left behind.
 _WRAPPERS: Final = (".modules_to_save", ".token_adapter.base_layer", ".base_layer")
 _LEFT_BEHIND: Final = ".original_module"
-_WRAPPED: Final = re.compile(r"\.base_layer\.weight$")
 
 _SAVE_AGAIN: Final = "save the adapter again with PEFT, with the config of this training beside it"
 _TWO_VALUES: Final = Fault(
@@ -38,6 +37,16 @@ _OTHER_SHAPE: Final = Fault(
     "check that the adapter belongs to this base; a head of another task needs a base that has "
     "this head",
 )
+# Merged into a base of the new size, what an adapter saved of its vocabulary replaces as it should.
+RESIZE: Final = (
+    "bring the base to the adapter's vocabulary with transformers' resize_token_embeddings, save "
+    "it with the adapter's tokenizer, and merge into that"
+)
+_LONGER: Final = Fault(
+    "biases of the words of a larger vocabulary",
+    "a larger vocabulary of embeddings and heads alone: their new rows have places in the output",
+    RESIZE,
+)
 _OTHER_KIND: Final = Fault(
     "tensors that replace others of the base and are no floating-point numbers, or replace such",
     "F64, F32, F16 or BF16 on both sides",
@@ -45,7 +54,8 @@ _OTHER_KIND: Final = Fault(
 )
 _NO_ROWS: Final = Fault(
     "trainable tokens whose rows adapter_config.json does not give",
-    "as many numbers in `trainable_token_indices` as the file holds rows, each once, of the tensor",
+    "as many row numbers in `trainable_token_indices`, or `token_indices`, as the file holds rows, "
+    "each once, of the tensor",
     _SAVE_AGAIN,
 )
 
@@ -101,7 +111,6 @@ class Replacements:
         self._findings = findings
         self.found: dict[str, Replacement] = {}  # by the base tensor's name
         self.copies = 0  # tensors that are the base's, bit by bit
-        self._wrapped: set[str] = set()  # what PEFT wrapped and did not train, by base tensor
 
     def add(self, name: str, saved: Saved, target: Extent) -> None:
         """In place of `target`, for what the adapter's model calls `name`."""
@@ -115,14 +124,21 @@ class Replacements:
     def share(self, embedding: str, head: str) -> None:
         """What is of a tied embedding is of its head, too, unless the head was given its own.
 
-        PEFT ties trained tokens while it trains, and saves the embedding's. An embedding that it
-        only wrapped is the base's, so the base's head is the same: of a resized model, say.
+        PEFT ties trained tokens while it trains, and saves the embedding's. An embedding that was
+        not trained in full is that of the model which was trained, where its head was the same:
+        PEFT saves it beside an adapter on it, and with the head, if the vocabulary was resized, but
+        never all that reads it.
         """
         shared = self.found.get(embedding)
         if shared is None or head in self.found:
             return
-        if shared.rows is not None or embedding in self._wrapped:
+        if shared.rows is not None or not self._trained(embedding):
             self.found[head] = shared
+
+    def _trained(self, tensor: str) -> bool:
+        """Whether the config says that a tensor's module was trained in full."""
+        module = tensor.rpartition(".")[0]
+        return any(f".{module}".endswith(f".{name}") for name in self._config.modules_to_save)
 
     def target(self, base: Extent) -> Extent:
         """What further updates of a base's tensor apply to: what replaces all of it, or itself."""
@@ -146,8 +162,6 @@ class Replacements:
         if extent.spec.shape == target.spec.shape and same_values(extent, target):
             self.copies += 1
             return None
-        if _WRAPPED.search(first.spec.name):
-            self._wrapped.add(target.spec.name)
         return Replacement(extent)
 
     def _fits(self, name: str, extent: Extent, target: Extent) -> bool:
@@ -158,7 +172,9 @@ class Replacements:
             return False
         if ours.shape != theirs.shape and not _grows(ours, theirs):
             line = f"{name}: {list(ours.shape)}, base {list(theirs.shape)}"
-            self._findings.add(_OTHER_SHAPE, line)
+            head = name.removesuffix("bias") + "weight"
+            longer = len(ours.shape) == 1 and ours.shape > theirs.shape and is_vocabulary(head)
+            self._findings.add(_LONGER if longer else _OTHER_SHAPE, line)
             return False
         return True
 

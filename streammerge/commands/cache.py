@@ -108,8 +108,8 @@ def _check_names(cache: Path, names: Sequence[str], found: Sequence[Found]) -> N
                 InputMissing(
                     "no run of that name is in this cache",
                     where=str(cache / name),
-                    expected=", ".join(known) or "none is",
-                    remedy=f"`streammerge cache list {cache}` shows them",
+                    found=", ".join(known) or "no run at all",
+                    remedy=f"`streammerge cache list {cache}` shows what is there",
                 )
             )
         elif known[name].state == "running":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from streammerge.errors import Problems
+import os
+
+from streammerge.errors import ConfigError, Problems
 from streammerge.methods import CATALOGUE
 from streammerge.recipe import Recipe, extraction
 
@@ -26,6 +28,12 @@ def recipe_of(
 
     Raises StreammergeError.
     """
+    if os.path.realpath(tuned) == os.path.realpath(base):
+        raise ConfigError(
+            "the fine-tune is its own base",
+            found=f"{tuned} as both",
+            remedy="name the model that was trained, and with --base the one that it came from",
+        )
     problems = Problems()
     asked = {"embeddings": embeddings, "norms": norms}
     recipe = extraction(

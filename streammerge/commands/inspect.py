@@ -12,6 +12,7 @@ from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.faults import Findings
 from streammerge.adapters.folder import CONFIG as ADAPTER_CONFIG
 from streammerge.adapters.folder import WEIGHTS, AdapterFolder, find_adapter, open_adapter
+from streammerge.adapters.heads import with_named_head
 from streammerge.adapters.keys import Contents, sort_tensors
 from streammerge.adapters.resolve import resolve_adapter
 from streammerge.adapters.saved import Saved, gather
@@ -136,8 +137,8 @@ def _config(folder: AdapterFolder) -> dict[str, Any]:
 
 def _on_base(folder: AdapterFolder, base: str, problems: Problems) -> dict[str, Any]:
     try:
-        model = open_model(resolve(base, None, [Path.cwd()]))
-        found = resolve_adapter(folder, model.tensors, model.config, model.tie)
+        model = with_named_head(open_model(resolve(base, None, [Path.cwd()])), folder)
+        found = resolve_adapter(folder, model.tensors, model.config, model.ties)
     except StreammergeError as problem:
         problems.add(problem)
         return {"base": base, "touches": []}

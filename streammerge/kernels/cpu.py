@@ -4,6 +4,10 @@ The signatures are explicit, so that importing compiles everything (or loads it 
 cache) and nothing is compiled in the middle of a merge. No loop allocates: buffers belong to the
 caller. No `fastmath` on values that reach the output: its bits must not depend on the build.
 
+Helpers of these loops have no signature: they are compiled with who calls them, and need not be
+loaded. `error_model="numpy"` is for divisors that are not zero: a loop that might raise
+ZeroDivisionError is not vectorised.
+
 bfloat16 is carried as raw `uint16` bits, since numpy has no such type.
 """
 
@@ -124,12 +128,7 @@ def add_scaled(out, factor, rows):  # [n], scalar, [n]
         out[i] += factor * rows[i]
 
 
-@njit(
-    _i64(_u32, _i64, _i64, types.uint32, types.uint32, _u32, _i64),
-    cache=CACHED,
-    nogil=True,
-    inline="always",
-)
+@njit(nogil=True, inline="always")
 def _collect(bits, start, stop, low, width, found, inside):  # [n], scalars, [>= n], scalar
     """Write the keys in `[low, low + width)` behind the `inside` first; how many there are now."""
     for i in range(start, stop):
@@ -217,7 +216,7 @@ def drop_largest(rows, threshold, quota):  # [n], scalar, scalar
             bits[i] = np.uint32(0)
 
 
-@njit(types.uint64(types.uint64, types.uint64), cache=CACHED, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def _drawn(key, index):  # scalar, scalar
     """53 random bits of an element; see `noise.uniform`."""
     z = key + GOLDEN * (index + np.uint64(1))
@@ -235,41 +234,82 @@ def drop(rows, key, first, limit):  # [n], scalar, scalar, scalar
         bits[i] = bits[i] if kept else np.uint32(0)
 
 
-@njit(types.void(_rows, types.uint64[:, ::1]), cache=CACHED, nogil=True)
-def rank_keys(rows, keys):  # [rows, cols], [rows, cols]
-    """Keys whose order within a row is that of the magnitudes, of equal ones that of columns."""
-    bits = rows.view(np.uint32)
-    for r in range(rows.shape[0]):
-        for c in range(rows.shape[1]):
-            magnitude = np.uint64(bits[r, c] & np.uint32(0x7FFFFFFF))
-            keys[r, c] = (magnitude << np.uint64(32)) | np.uint64(c)
+# A key of 31 bits in digits of 11, 11 and 9: so their counts fit into the L1 cache.
+DIGIT, LAST_DIGIT = 1 << 11, 1 << 9
+_LOW_BITS, _SHIFT, _LAST_SHIFT = np.uint32(DIGIT - 1), np.uint32(11), np.uint32(22)
+
+
+@njit(nogil=True)
+def _starts(counts):  # [digits]
+    """How many of each digit there are becomes where the first of each goes."""
+    total = np.uint32(0)
+    for digit in range(counts.size):
+        here = counts[digit]
+        counts[digit] = total
+        total = np.uint32(total + here)
+
+
+@njit(types.void(_f32, _u32, _u32, _u32), cache=CACHED, nogil=True)
+def rank(row, ranks, columns, counts):  # [cols] three times, [2 * DIGIT + LAST_DIGIT]
+    """The rank of each element by its magnitude, 0 the smallest, of equal ones the first column.
+
+    A radix sort of the columns from the lowest digit, whose last pass says where each would go.
+    """
+    bits = row.view(np.uint32)
+    low, middle, high = counts[:DIGIT], counts[DIGIT : 2 * DIGIT], counts[2 * DIGIT :]
+    counts[:] = np.uint32(0)
+    for c in range(row.size):
+        key = bits[c] & np.uint32(0x7FFFFFFF)
+        low[key & _LOW_BITS] += np.uint32(1)
+        middle[(key >> _SHIFT) & _LOW_BITS] += np.uint32(1)
+        high[key >> _LAST_SHIFT] += np.uint32(1)
+    _starts(low)
+    _starts(middle)
+    _starts(high)
+    for c in range(row.size):
+        digit = bits[c] & _LOW_BITS
+        ranks[low[digit]] = np.uint32(c)
+        low[digit] += np.uint32(1)
+    for i in range(row.size):
+        digit = (bits[ranks[i]] >> _SHIFT) & _LOW_BITS
+        columns[middle[digit]] = ranks[i]
+        middle[digit] += np.uint32(1)
+    for i in range(row.size):
+        digit = (bits[columns[i]] & np.uint32(0x7FFFFFFF)) >> _LAST_SHIFT
+        ranks[columns[i]] = high[digit]
+        high[digit] += np.uint32(1)
+
+
+@njit(nogil=True, error_model="numpy")
+def _drop_by_share(row, ranks, key, first, low, high, divide):  # [cols], [cols], scalars
+    last = max(1, row.size - 1)
+    for c in range(row.size):
+        share = low + (high - low) * ranks[c] / last
+        number = np.float64(_drawn(key, first + np.uint64(c))) * 2.0**-53
+        value = np.float32(row[c] / share) if divide else row[c]
+        row[c] = value if number < share else np.float32(0)
 
 
 @njit(
     types.void(
-        _rows, types.uint64[:, ::1], types.uint64, types.uint64, types.float64, types.float64,
-        types.boolean,
+        _rows, types.uint64, types.uint64, types.float64, types.float64, types.boolean, _u32, _u32,
+        _u32,
     ),
     cache=CACHED,
     nogil=True,
 )  # fmt: skip
-def drop_by_rank(rows, ranked, key, first, low, high, divide):  # [rows, cols] twice, scalars
+def drop_by_rank(rows, key, first, low, high, divide, ranks, columns, counts):
     """Keep with a probability from `low`, of each row's smallest, to `high`, of its largest.
 
-    `ranked` are the sorted rank keys. `divide`: what stays is divided by its probability.
-    """
+    `divide`: what stays is divided by its probability. The last three are as those of `rank`.
+    """  # [rows, cols], scalars, [cols], [cols], [2 * DIGIT + LAST_DIGIT]
     cols = rows.shape[1]
+    if cols == 1:
+        low = high = 0.5 * (low + high)
     for r in range(rows.shape[0]):
+        rank(rows[r], ranks, columns, counts)
         start = first + np.uint64(r) * np.uint64(cols)
-        for rank in range(cols):
-            c = np.int64(ranked[r, rank] & np.uint64(0xFFFFFFFF))
-            middle = 0.5 * (low + high)
-            share = low + (high - low) * rank / (cols - 1) if cols > 1 else middle
-            number = np.float64(_drawn(key, start + np.uint64(c))) * 2.0**-53
-            if number >= share:
-                rows[r, c] = np.float32(0)
-            elif divide:
-                rows[r, c] = np.float32(rows[r, c] / share)
+        _drop_by_share(rows[r], ranks, key, start, low, high, divide)
 
 
 @njit(types.float64(_f32), cache=CACHED, nogil=True)

@@ -178,8 +178,11 @@ def _rescale(rows: Tensor, change: Tensor, factors: Tensor) -> None:
 # --------------------------------------------------------------------------------------- pruning
 
 
-def keys(rows: Tensor) -> NDArray[np.uint32]:
-    return np.asarray(_home(_keys(rows)).view(np.uint32))
+def keys(rows: Tensor, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
+    found: NDArray[np.uint32] = _home(_keys(rows)).view(np.uint32)
+    if out is not None:
+        np.copyto(out, found)
+    return found if out is None else out
 
 
 def _keys(rows: Tensor) -> Tensor:

@@ -32,9 +32,10 @@ class Cut:
 
 
 @two_faced()
-def keys(rows: Rows) -> NDArray[np.uint32]:
+def keys(rows: Rows, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
     """The keys of all elements, same shape."""
-    return rows.view(np.uint32) & np.uint32(ABOVE_ALL - 1)
+    found: NDArray[np.uint32] = np.bitwise_and(rows.view(np.uint32), ABOVE_ALL - 1, out=out)
+    return found
 
 
 @two_faced()

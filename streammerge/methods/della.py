@@ -25,7 +25,7 @@ from streammerge.statistics import Random, Rescaling
 @method(
     reference="Deep et al., DELLA-Merging, arXiv 2406.11617",
     temporaries=2,
-    nanoseconds=25,
+    nanoseconds=5,
     check=within_bounds,
     alone=alone_in_vote,
 )

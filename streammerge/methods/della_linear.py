@@ -49,7 +49,7 @@ def within_bounds(density: float, epsilon: float) -> str | None:
 @method(
     reference="Deep et al., DELLA-Merging, arXiv 2406.11617",
     temporaries=2,
-    nanoseconds=25,
+    nanoseconds=5,
     check=within_bounds,
     alone=alone_in_sum,
 )

@@ -6,6 +6,7 @@ An update of a tensor becomes factors A `[rank, in]` and B `[out, rank]` with a 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from streammerge.planning.inputs import Inputs
 from streammerge.planning.jobs import Composer, Job, MergeJob
 from streammerge.planning.layout import output_spec
 from streammerge.planning.outline import Outline
+from streammerge.planning.spaces import count
 from streammerge.recipe import Recipe
 from streammerge.sources.direct import Direct
 from streammerge.sources.factor_rows import Left, Right
@@ -49,6 +51,11 @@ class Factored:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def most(self) -> int:
+        """The most rank that its shape allows."""
+        return min(self.b.shape[0], math.prod(self.a.shape[1:]))
+
     def of_rank(self, rank: int) -> Factored:
         """The same of another rank."""
         a = replace(self.a, shape=(rank, *self.a.shape[1:]))
@@ -68,6 +75,21 @@ class AdapterOutput:
     whole: dict[str, TensorSpec]  # the base's tensor -> what is saved in its place
     seed: int
     missed_share: float | None = None
+
+    @property
+    def sketched_rank(self) -> int:
+        """How many directions are looked for in the matrices that are sketched, at the most."""
+        return max((one.rank for one in self.factored if one.sketched), default=0)
+
+    def notes(self) -> list[str]:
+        """For the plan."""
+        all_of = [one.tensor for one in self.factored if one.sketched and one.rank == one.most]
+        if self.missed_share is None or not all_of:
+            return []
+        return [
+            f"every direction is looked for in {count(all_of)}: a `rank`, which is then the most "
+            "that one may have, would bound time and memory"
+        ]
 
     def of_ranks(self, ranks: Mapping[str, int]) -> AdapterOutput:
         """With the factors of some of the base's tensors cut to a rank."""

@@ -27,7 +27,7 @@ def check_models(inputs: Inputs, problems: Problems) -> list[str]:
             seen.add(model.folder.path)
             notes += _compare(donor, model, problems)
     for folder in {model.folder.path: model.folder for model in inputs.models}.values():
-        notes += folder.notes
+        notes += (f"{folder.path}: {note}" for note in folder.notes)
     return notes
 
 

@@ -10,8 +10,8 @@ from streammerge import grid
 from streammerge.memory import STATES
 from streammerge.planning.jobs import CopyJob, Job, MergeJob
 from streammerge.planning.spill import SpillTotals
-from streammerge.sources.prepared import Prepared
-from streammerge.words import Merged, StatisticValue, Tile
+from streammerge.planning.traffic import Passes, Traffic, traffic
+from streammerge.words import Merged
 
 # As many jobs as are ever in flight at once.
 MOST_JOBS = 64
@@ -29,10 +29,6 @@ class Held:
         """Bytes, with statistics held to so much."""
         state = min(self.most_state_bytes, max(state_bytes, self.least_state_bytes))
         return self.factor_bytes + state
-
-
-# The statistics that share each read of a tensor before the merge.
-Passes = tuple[tuple[str, ...], ...]
 
 
 @dataclass(slots=True)
@@ -75,49 +71,39 @@ def add_up(jobs: Iterable[Job]) -> Demand:
     """Walk all jobs once; each is dropped again."""
     demand = Demand()
     for job in jobs:
-        demand.write_bytes += job.target.spec.nbytes
+        moved = traffic(job)
+        demand.read_bytes += moved.read_bytes
+        demand.write_bytes += moved.write_bytes
+        demand.progress_bytes += moved.write_bytes
         if isinstance(job, CopyJob):
             demand.copied_tensors += 1
-            demand.copied_bytes += job.source.spec.nbytes
-            demand.read_bytes += job.source.spec.nbytes
-            demand.progress_bytes += job.source.spec.nbytes
+            demand.copied_bytes += moved.read_bytes
         else:
-            _add_merge(demand, job)
+            _add_merge(demand, job, moved)
     return demand
 
 
-def _add_merge(demand: Demand, job: MergeJob) -> None:
+def _add_merge(demand: Demand, job: MergeJob, moved: Traffic) -> None:
     merged = job.merged
-    whole = Tile(0, merged.spec.rows)
-    waves = merged.waves()
-    reads = 1 + len(waves)
+    measured, waves = merged.measured, len(moved.passes)
     demand.merged_tensors += 1
-    read_bytes = merged.once_bytes + merged.merge_bytes(whole)
-    read_bytes += sum(merged.measure_bytes(whole, names) for names in waves)
-    demand.tile_reads += reads * merged.spec.numel
-    measured = merged.spec.numel * job.target.spec.dtype.itemsize
-    demand.progress_bytes += job.target.spec.nbytes + len(waves) * measured
-    demand.most_reads = max(demand.most_reads, reads)
+    demand.tile_reads += merged.spec.numel + waves * measured.numel
+    demand.progress_bytes += waves * measured.numel * job.target.spec.dtype.itemsize
+    demand.most_reads = max(demand.most_reads, moved.reads)
     demand.spill.add(job.choices)
-    spilled = sum(choice.nbytes for choice in job.choices if choice.spilled)
-    demand.spilled_at_once = nlargest(MOST_JOBS, [*demand.spilled_at_once, spilled])
-    tiles = [grid.largest_tile(merged.spec)]
-    if waves:
-        samples = _samples(merged)
-        read_bytes += sum(merged.measure_bytes(tile, samples[tile]) for tile in samples)
-        demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
-        tiles += samples
-    demand.read_bytes += read_bytes
-    group = demand.passes.setdefault(tuple(tuple(names) for names in waves), Group())
+    demand.spilled_at_once = nlargest(MOST_JOBS, [*demand.spilled_at_once, job.spilled_bytes])
+    group = demand.passes.setdefault(moved.passes, Group())
     group.tensors += 1
-    group.read_bytes += read_bytes
+    group.read_bytes += moved.read_bytes
+    if moved.passes:
+        demand.part_bytes = max(demand.part_bytes, merged.part_bytes())
     resident = merged.resident_bytes
     if job.beyond is not None:
         resident += _add_beyond(demand, job, job.beyond)
     held = Held(*merged.state_bytes(), resident)
     demand.held = nlargest(MOST_JOBS, [*demand.held, held], key=lambda one: one.under(STATES[0]))
     output = job.target.spec.cols * job.target.spec.dtype.itemsize
-    for tile in tiles:
+    for tile in (grid.largest_tile(merged.spec), *moved.samples):
         rows, _ = tile.shape(merged.spec)
         demand.worker_bytes = max(
             demand.worker_bytes, merged.scratch_bytes(tile) + rows * output // tile.col_step
@@ -125,9 +111,8 @@ def _add_merge(demand: Demand, job: MergeJob) -> None:
 
 
 def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:
-    """Add the rows that the base lacks, read once; returns what is held for them."""
-    first, spec = job.merged.spec.rows, job.target.spec
-    demand.read_bytes += beyond.once_bytes + beyond.merge_bytes(Tile(first, spec.rows))
+    """Add the memory of the rows that the base lacks; returns what is held for them."""
+    spec = job.target.spec
     for tile in job.tiles()[-2:]:  # the last one may be shorter
         output = (tile.stop - tile.start) * spec.cols * spec.dtype.itemsize
         demand.worker_bytes = max(demand.worker_bytes, beyond.scratch_bytes(tile) + output)
@@ -137,18 +122,6 @@ def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:
 def spilled_at_once(demand: Demand, window: int, *, keep: bool) -> int:
     """Bytes on disk, of the tensors in flight, or of all where they are kept."""
     return demand.spill.nbytes if keep else sum(nlargest(window, demand.spilled_at_once))
-
-
-def _samples(merged: Merged) -> dict[Tile, list[str]]:
-    """The thinned tiles that the first folds of the method want to see, and which folds."""
-    merged = merged.merged if isinstance(merged, Prepared) else merged
-    tiles = grid.tiles(merged.spec)
-    found: dict[Tile, list[str]] = {}
-    for name, fold in merged.start(0, {}).items():
-        for tile in () if isinstance(fold, StatisticValue) else fold.wants(tiles):
-            if tile.row_step > 1 or tile.col_step > 1:
-                found.setdefault(tile, []).append(name)
-    return found
 
 
 def predict_seconds(

@@ -22,12 +22,11 @@ from threadpoolctl import threadpool_info
 
 from streammerge import __version__, grid
 from streammerge.device import CPU, Device
-from streammerge.errors import StorageError
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.storage.checksum import checksum
 from streammerge.storage.donated import donated
 from streammerge.storage.shard import ShardLayout
-from streammerge.storage.smallfile import pread
+from streammerge.storage.smallfile import pread, unreadable
 from streammerge.words import Extent
 
 # 64 KiB at 16 places for each 4 GiB of a model: a file of the hub has about that size.
@@ -121,7 +120,7 @@ def _sampled(extents: Iterable[Extent], start: int, crc: int) -> int:
             with open(extent.path, "rb", buffering=0) as file:
                 crc = checksum(pread(file.fileno(), length, extent.offset + start), crc)
         except OSError as error:
-            raise _unreadable(extent.path, error) from error
+            raise unreadable(extent.path, error) from error
         start, left = 0, left - length
         if not left:
             break
@@ -146,9 +145,4 @@ def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise _unreadable(str(path), error) from error
-
-
-def _unreadable(path: str, error: OSError) -> StorageError:
-    remedy = "check the disk and its mount"
-    return StorageError(f"cannot be read: {error.strerror}", where=path, remedy=remedy)
+        raise unreadable(str(path), error) from error

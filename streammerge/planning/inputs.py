@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from streammerge.adapters import ResolvedAdapter, open_adapter, resolve_adapter
+from streammerge.adapters import (
+    AdapterFolder,
+    ResolvedAdapter,
+    open_adapter,
+    resolve_adapter,
+    with_named_head,
+)
 from streammerge.errors import ConfigError, Problems, StreammergeError
 from streammerge.recipe import Entry, Recipe, Reference
 from streammerge.storage.bytesource import Stamp
@@ -91,19 +97,22 @@ class _Opener:
             self._models[key] = self._try(opened, reference)
         return self._models[key]
 
-    def adapter(self, entry: Entry, model: ModelFolder | None) -> ResolvedAdapter | None:
-        assert entry.adapter is not None
-        path = self.path(entry.adapter)
-        if path is None:
+    def adapter(self, entry: Entry) -> AdapterFolder | None:
+        path = self.path(entry.adapter) if entry.adapter else None
+        if path is None or entry.adapter is None:
             return None
         residual, allow_pickle = entry.assume_residual_base, self._allow_pickle
         opened = lambda: open_adapter(  # noqa: E731
             path, entry.name, assume_residual_base=residual, allow_pickle=allow_pickle
         )
-        folder = self._try(opened, entry.adapter)
-        if folder is None or model is None:
+        return self._try(opened, entry.adapter)
+
+    def resolved(
+        self, entry: Entry, folder: AdapterFolder | None, model: ModelFolder
+    ) -> ResolvedAdapter | None:
+        if folder is None or entry.adapter is None:
             return None
-        resolved = lambda: resolve_adapter(folder, model.tensors, model.config, model.tie)  # noqa: E731
+        resolved = lambda: resolve_adapter(folder, model.tensors, model.config, model.ties)  # noqa: E731
         return self._try(resolved, entry.adapter)
 
     def _try(self, action: Callable[[], _T], reference: Reference) -> _T | None:
@@ -120,17 +129,32 @@ def open_inputs(recipe: Recipe, problems: Problems, *, allow_pickle: bool = Fals
     opener = _Opener(recipe, problems, allow_pickle=allow_pickle)
     before = len(problems)
     base = opener.model(recipe.base) if recipe.base else None
+    opened = [(entry, opener.model(entry.model), opener.adapter(entry)) for entry in recipe.entries]
+    named = _with_named_heads((folder, adapter) for _, folder, adapter in opened)
+    base = named.get(base.path, base) if base else None
     models = []
-    for entry in recipe.entries:
-        folder = opener.model(entry.model)
-        adapter = opener.adapter(entry, folder) if entry.adapter else None
+    for entry, folder, adapter in opened:
         if folder is not None:
-            models.append(Model(entry.name, folder, adapter, folder is base))
+            folder = named.get(folder.path, folder)
+            resolved = opener.resolved(entry, adapter, folder)
+            models.append(Model(entry.name, folder, resolved, folder is base))
     if len(problems) > before:
         return None
     inputs = Inputs(base, tuple(models))
     _refuse_twins(recipe, inputs, problems)
     return inputs
+
+
+def _with_named_heads(
+    opened: Iterable[tuple[ModelFolder | None, AdapterFolder | None]],
+) -> dict[Path, ModelFolder]:
+    """The folders under adapters, with heads of unknown names that an adapter on them tells."""
+    found: dict[Path, ModelFolder] = {}
+    for folder, adapter in opened:
+        if folder is not None and adapter is not None:
+            known = found.get(folder.path, folder)
+            found[folder.path] = with_named_head(known, adapter)
+    return found
 
 
 def _refuse_twins(recipe: Recipe, inputs: Inputs, problems: Problems) -> None:

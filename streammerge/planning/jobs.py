@@ -53,6 +53,11 @@ class MergeJob:
     choices: tuple[Choice, ...] = ()
     after: MergeJob | None = None
 
+    @property
+    def spilled_bytes(self) -> int:
+        """What is kept on disk while the tensor is merged."""
+        return sum(choice.nbytes for choice in self.choices if choice.spilled)
+
     def tiles(self) -> list[Tile]:
         """All tiles of the target in file order; none holds rows of both kinds."""
         tiles = grid.tiles(self.merged.spec)

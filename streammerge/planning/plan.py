@@ -24,7 +24,8 @@ from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
 from streammerge.planning.spaces import check_core, split
 from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
-from streammerge.planning.ties import settle_tie
+from streammerge.planning.tensors import TensorPlan, tensor_plan
+from streammerge.planning.ties import settle_ties
 from streammerge.planning.vocabulary import settle_vocabulary
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
@@ -58,6 +59,11 @@ class Plan:
         """Composed one by one, in the order of the output's files."""
         composer = Composer(self.recipe, self.inputs, self.files, self.chooser, self.store)
         return _jobs(composer, self.layouts, self.adapter)
+
+    def tensors(self) -> Iterator[TensorPlan]:
+        """What happens to each output tensor that has elements, in the order of `jobs`."""
+        names = [entry.name for entry in self.recipe.entries]
+        return (tensor_plan(job, names) for job in self.jobs())
 
     def changes(self) -> dict[str, str]:
         """Output tensor -> the base's that it changes."""
@@ -164,7 +170,7 @@ def make_plan(
         return None
     notes = check_models(inputs, problems)
     problems.raise_any()
-    inputs, outline = settle_tie(inputs, problems)
+    inputs, outline = settle_ties(inputs, problems)
     outline = settle_vocabulary(recipe, inputs, outline, problems)
     problems.raise_any()
     notes += [*outline.notes, *_notes(inputs)]
@@ -178,6 +184,7 @@ def make_plan(
     problems.raise_any()
     adapter = adapter_output(recipe, inputs, outline, fit_of) if fit_of else None
     warnings += fit_of.warnings() if fit_of else []
+    notes += adapter.notes() if adapter else []
     layouts = lay_out_shards(inputs.donor, outline, recipe.out_dtype, recipe.shard_bytes)
     layouts = (adapter.layout(),) if adapter else layouts
     store = SpillStore(spill.cache, keep=spill.keep)
@@ -191,7 +198,7 @@ def make_plan(
     seconds = predict_seconds(
         fit.demand,
         len(inputs.models),
-        _ranks(inputs),
+        _ranks(inputs) + (adapter.sketched_rank if adapter else 0),
         fit.flight.threads,
         recipe.method.nanoseconds,
     )

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from streammerge.adapters.saved import RESIZE
 from streammerge.errors import BadInput, ConfigError, Problems
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.planning.outline import Outline
 from streammerge.recipe import Recipe
 from streammerge.storage.donated import tokenizer_files
+from streammerge.storage.heads import is_vocabulary
 from streammerge.storage.smallfile import read_small
-from streammerge.storage.ties import is_vocabulary
 from streammerge.words import Dora, Replacement, Update
 
 _TRAIN_AGAIN = (
@@ -85,9 +86,15 @@ def _left_behind(
     tensors = inputs.donor.tensors
     written = [name for name in tensors if inputs.donor.stored(name) or name in outline.added]
     words = [name for name in written if is_vocabulary(name) and outline.keeps(name)]
-    biases = [name.removesuffix("weight") + "bias" for name in words]
+    biases = [name for name in written if outline.keeps(name) and _is_bias(inputs, larger, name)]
     short = [name for name in words if name not in larger]
-    short += [name for name in biases if name in tensors]
+    if biases:
+        yield BadInput(
+            "the adapter has a larger vocabulary, and the base a bias for each word",
+            found=f"{', '.join(larger)} with {size} rows, and {', '.join(biases)}",
+            expected="a vocabulary of embeddings and heads alone",
+            remedy=RESIZE,
+        )
     if short:
         yield BadInput(
             "the adapter has a larger vocabulary for some tensors and not for others",
@@ -104,8 +111,17 @@ def _left_behind(
                     "DoRA on an embedding of a larger vocabulary cannot be merged",
                     where=f"{model.name}: {name}",
                     found="lengths that are those of columns over all rows, the new ones too",
-                    remedy="merge it into its base with PEFT, and list that under `models`",
+                    remedy=RESIZE,
                 )
+
+
+def _is_bias(inputs: Inputs, larger: Mapping[str, object], name: str) -> bool:
+    """Whether a tensor is a number for each word: of a head, or BART's `final_logits_bias`."""
+    tensors = inputs.donor.tensors
+    words = {tensors[one].spec.rows for one in larger}
+    shape = tensors[name].spec.shape
+    flat = shape[:1] if len(shape) == 1 else shape[1:] if shape[:1] == (1,) else ()
+    return name.endswith("bias") and len(flat) == 1 and flat[0] in words
 
 
 def _check_weights(

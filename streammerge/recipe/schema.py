@@ -156,8 +156,9 @@ def _told(
     error: ErrorDetails, shape: type[Shape], document: Document, path: KeyPath
 ) -> ConfigError:
     """One of pydantic's errors in words for people."""
-    if not error["loc"]:
-        return _wrong(document, path, ITEMS[shape], required=True)
+    if not error["loc"]:  # no mapping, or one with a key that no text can be
+        keys = f"a mapping of {', '.join(shape.model_fields)}"
+        return _wrong(document, path, ITEMS.get(shape, keys), required=True)
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         return _unknown(document, (*path, key), shape.model_fields)

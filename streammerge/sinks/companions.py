@@ -11,31 +11,50 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streammerge.errors import StorageError
+from streammerge.errors import InputChanged, InputMissing
 from streammerge.storage.durable import write_file
 from streammerge.storage.folder import CONFIG, INDEX
 from streammerge.storage.record import RECIPE, RECORD, Record
 from streammerge.storage.shard import ShardLayout
+from streammerge.storage.smallfile import unreadable
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def copy_donated(
-    folder: Path, given: Mapping[Path, Path], config: Mapping[str, Any], changed: Mapping[str, Any]
+    folder: Path,
+    given: Mapping[Path, Path],
+    digests: Mapping[str, str],
+    config: Mapping[str, Any],
+    changed: Mapping[str, Any],
 ) -> None:
-    """Tokenizer, licence and the like, relative name by place; the config as it was `changed`."""
-    for relative, path in given.items():
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            what = f"cannot be read: {error.strerror}"
-            raise StorageError(what, where=str(path)) from error
-        if relative == Path(CONFIG) and changed != config:
+    """Tokenizer, licence and the like, relative name by place; the config as it was `changed`.
+
+    `digests` is the sha256 of each of them when the merge began: another file or none is
+    `InputChanged` or `InputMissing`.
+    """
+    for name, digest in digests.items():
+        data = _read_unchanged(name, given.get(Path(name)), digest)
+        if name == CONFIG and changed != config:
             data = _json(changed)
-        target = folder / relative
+        target = folder / name
         target.parent.mkdir(exist_ok=True)
         write_file(target, data)
+
+
+def _read_unchanged(name: str, path: Path | None, digest: str) -> bytes:
+    remedy = "leave the inputs alone while a merge runs; put it back, then run the command again"
+    if path is None:
+        raise InputMissing("was there when the merge began, and is gone", where=name, remedy=remedy)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        what = "the file changed after the merge began"
+        raise InputChanged(what, where=str(path), remedy=remedy)
+    return data
 
 
 def write_index(folder: Path, layouts: Sequence[ShardLayout]) -> None:

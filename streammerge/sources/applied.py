@@ -45,6 +45,10 @@ class Applied:
         return self._models[0].spec
 
     @property
+    def measured(self) -> TensorSpec:
+        return self.spec
+
+    @property
     def resident_bytes(self) -> int:
         return sum(model.resident_bytes for model in self._models)
 

@@ -68,6 +68,10 @@ class Combined:
         return self._spec
 
     @property
+    def measured(self) -> TensorSpec:
+        return self.spec
+
+    @property
     def resident_bytes(self) -> int:
         return self._models.resident_bytes
 

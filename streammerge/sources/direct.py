@@ -46,6 +46,10 @@ class Direct:
         return self._maker.spec
 
     @property
+    def measured(self) -> TensorSpec:
+        return self.spec
+
+    @property
     def resident_bytes(self) -> int:
         return self._maker.resident_bytes
 

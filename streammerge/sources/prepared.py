@@ -27,6 +27,10 @@ class Prepared:
         return self.merged.spec
 
     @property
+    def measured(self) -> TensorSpec:
+        return self.merged.measured
+
+    @property
     def resident_bytes(self) -> int:
         return self.merged.resident_bytes
 

@@ -72,11 +72,7 @@ class Sketch:
         if len(settled) == len(found):
             self._values = {**known, **settled}
             found |= self._own(values)
-        tiles = grid.tiles(self.spec)
-        return {
-            name: one if isinstance(one, StatisticValue) else _OnGrid(one, tiles)
-            for name, one in found.items()
-        }
+        return found
 
     def _own(self, values: Mapping[str, StatisticValue]) -> dict[str, Fold]:
         if _DIRECTIONS not in values:
@@ -204,6 +200,11 @@ class Sketched:
         self._which = which
 
     @property
+    def measured(self) -> TensorSpec:
+        """The update."""
+        return self._sketch.spec
+
+    @property
     def resident_bytes(self) -> int:
         return self._sketch.update.resident_bytes
 
@@ -243,9 +244,7 @@ class Sketched:
         return 0
 
     def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
-        """What is measured are tiles of the update: all of it for all of the factor."""
-        whole = tile == Tile(0, self.spec.rows)
-        return self._sketch.measure_bytes(Tile(0, self._sketch.spec.rows) if whole else tile, names)
+        return self._sketch.measure_bytes(tile, names)
 
     def part_bytes(self) -> int:
         return self._sketch.part_bytes()
@@ -258,27 +257,6 @@ class Sketched:
 
     def release(self) -> None:
         self._sketch.update.release()
-
-
-class _OnGrid:
-    """A fold of the update, driven for a tensor of another shape; see `Fold`."""
-
-    def __init__(self, fold: Fold, tiles: Sequence[Tile]) -> None:
-        self._fold = fold
-        self._tiles = tiles
-
-    def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
-        return self._fold.wants(self._tiles)
-
-    def measure(self, stack: DeltaStack, scratch: Scratch) -> Any:
-        return self._fold.measure(stack, scratch)
-
-    def absorb(self, tile_index: int, part: Any) -> None:
-        self._fold.absorb(tile_index, part)
-
-    def finish(self) -> Fold | StatisticValue:
-        found = self._fold.finish()
-        return found if isinstance(found, StatisticValue) else _OnGrid(found, self._tiles)
 
 
 class _Rows:

@@ -99,6 +99,10 @@ class WeightedSum:
         return self._spec
 
     @property
+    def measured(self) -> TensorSpec:
+        return self.spec
+
+    @property
     def resident_bytes(self) -> int:
         rows = sum(source.resident_bytes for source, _, _ in self._rows)
         return rows + (self._product.resident_bytes if self._product else 0)

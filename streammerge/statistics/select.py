@@ -15,13 +15,22 @@ from all of them, which may have several.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, Cut, count_nonzero, keys
+from streammerge.kernels.prune import (
+    ABOVE_ALL,
+    KEEP_ALL_EQUAL,
+    Cut,
+    count_below,
+    count_nonzero,
+    keys,
+)
 from streammerge.memory import Scratch
 from streammerge.statistics import tally
 from streammerge.statistics.tally import Bracket, Part, Tally, collect
@@ -36,12 +45,11 @@ if TYPE_CHECKING:
 # Tensors smaller than this are not worth a sample: everything is inside the bracket.
 _SAMPLE_FROM = 1 << 15
 # Every eighth row, within these bounds: reading a row of a full model reads all its columns.
-_LEAST_ROWS = 64
-_SAMPLE_ROWS = 1024
-_SAMPLE_ELEMENTS = 96 << 10  # so many that a sample is no larger than any other part
-# Low-rank deltas are clustered by rows, so the spread is taken between rows; an estimate that
-# treats elements as independent missed on the first real tensor.
-_SPREADS = 4.5
+_LEAST_ROWS = 128
+_SAMPLE_ROWS = 512
+_SAMPLE_ELEMENTS = 192 << 10
+# A wider bracket holds more to collect; one that misses costs a read of one tensor.
+_SPREADS = 3.5
 # State of one slot: more was seldom filled by a bracket, and is no faster.
 _MOST_STATE_BYTES = 8 << 20
 
@@ -53,7 +61,7 @@ Recount = Callable[[int], Mapping[int, int]]
 
 def part_bytes() -> int:
     """The most that a measured part holds of one slot."""
-    return max(4 * tally.BINS, 8 * tally.MOST_KEYS, 4 * _SAMPLE_ELEMENTS)
+    return max(4 * tally.BINS, 8 * tally.MOST_KEYS)
 
 
 def state_bytes(spec: TensorSpec, slots: int) -> tuple[int, int]:
@@ -169,41 +177,67 @@ class SampledBracket:
         self._pending = pending
         self._thresholds = thresholds
         self._each = each
-        self._sampled: dict[int, Keys] = {}
+        self._found: dict[int, Bracket] = {}
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
         return [self._subject.sample()]
 
-    def measure(self, stack: DeltaStack, scratch: Scratch) -> dict[int, Keys]:
-        return {slot: keys(rows) for slot, rows in self._subject.look(stack, self._pending)}
+    def measure(self, stack: DeltaStack, scratch: Scratch) -> dict[int, Bracket]:
+        """What the sample says: it is thrown away here, so that no part is as large as one."""
+        found = {}
+        for slot, rows in self._subject.look(stack, self._pending):
+            sample = scratch.array("found", rows.shape, np.uint32)
+            keys(rows, sample)
+            found[slot] = _bracket(sample, self._k(slot, sample), self._spec)
+        return found
 
-    def absorb(self, tile_index: int, part: dict[int, Keys]) -> None:
-        self._sampled = part
+    def _k(self, slot: int, sample: Keys) -> int:
+        """As far as the sample tells, where it depends on how many elements are not zero."""
+        if self._subject.recount is None:
+            return self._pending[slot].k
+        share = np.count_nonzero(sample) / sample.size
+        return self._subject.recount(int(share * self._spec.numel))[slot]
+
+    def absorb(self, tile_index: int, part: dict[int, Bracket]) -> None:
+        self._found = part
 
     def finish(self) -> Fold:
-        pending = {
-            slot: _bracket(self._sampled[slot], bracket.k, self._spec.numel)
-            for slot, bracket in self._pending.items()
-        }
-        return Counting(self._subject, pending, self._thresholds, self._each)
+        return Counting(self._subject, self._found, self._thresholds, self._each)
 
 
-def _bracket(sample: Keys, k: int, numel: int) -> Bracket:
-    """Where the k-th largest of `numel` lies, from sampled keys `[rows, cols]`."""
-    ordered = np.sort(sample.reshape(-1))
-    size = ordered.size
-    share = k / numel
-    middle = ordered[min(size - 1, int((1 - share) * size))]
-    by_row = np.mean(sample >= middle, axis=1)
-    if len(by_row) == 1:
-        blocks = np.array_split(sample[0] >= middle, min(16, size))
-        by_row = np.array([np.mean(block) for block in blocks])
-    spread = _SPREADS * (float(np.std(by_row)) + 1 / size) / len(by_row) ** 0.5
-    top = int((1 - share + spread) * size) + 1
-    bottom = int((1 - share - spread) * size) - 1
-    high = int(ordered[top]) + 1 if top < size else ABOVE_ALL
-    low = int(ordered[bottom]) if bottom >= 0 else 1
+def _bracket(sample: Keys, k: int, spec: TensorSpec) -> Bracket:
+    """Where the k-th largest key of the tensor lies, from sampled keys `[rows, cols]`."""
+    size = sample.size
+    under = 1 - k / spec.numel  # the share of keys under the threshold
+    middle = _in_order(sample, min(size - 1, int(under * size)))
+    spread = _SPREADS * _error(sample >= middle, spec)
+    top = int((under + spread) * size) + 1
+    bottom = int((under - spread) * size) - 1
+    high = _in_order(sample, top) + 1 if top < size else ABOVE_ALL
+    low = _in_order(sample, bottom) if bottom >= 0 else 1
     return Bracket(k, max(1, low), max(2, high))
+
+
+def _in_order(sample: Keys, index: int) -> int:
+    """The key at an index of the sample in ascending order, by bisection over keys."""
+    flat = sample.reshape(-1)
+    return bisect_right(range(ABOVE_ALL), index, key=lambda key: count_below(flat, key + 1))
+
+
+def _error(chosen: NDArray[np.bool_], spec: TensorSpec) -> float:
+    """The standard error of the share that is chosen in a sample `[rows, cols]`.
+
+    Low-rank deltas are clustered by rows and by columns: what tells of the whole is how many of
+    each were drawn, not how many elements. Of those that were all drawn nothing is unknown.
+    """
+    variance = 0.0
+    for axis, whole in ((1, spec.rows), (0, spec.cols)):
+        shares = np.asarray(np.mean(chosen, axis=axis, dtype=np.float32))
+        drawn = len(shares)
+        if 1 < drawn < whole:
+            left = 1 - drawn / whole
+            variance += left * float(np.var(shares, ddof=1, dtype=np.float64)) / drawn
+    return math.sqrt(variance) + 1 / chosen.size
 
 
 class Counting:

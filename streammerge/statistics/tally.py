@@ -25,6 +25,7 @@ BINS = 1 << 16
 # Half as many cost adapters of rank 4 another read: their brackets are wide.
 MOST_KEYS = BINS
 _PROBE_STEP = 8
+_LEAST_STEP = 1 << 20  # an eighth of an octave
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +167,17 @@ class Tally:
         self.bracket = replace(self.bracket, k=k)
 
     def missed(self) -> Bracket | None:
-        """The bracket beside this one in which the threshold must lie; None where it is inside."""
+        """The bracket beside this one, the threshold being out there; None where it is inside.
+
+        It is wider, so that few steps lead anywhere, but not all that is left: that would seldom
+        fit into the state.
+        """
         k, low, high = self.bracket.k, self.bracket.low, self.bracket.high
+        wider = max(_LEAST_STEP, 4 * (high - low))
         if self.above >= k:
-            return Bracket(k, high, ABOVE_ALL)
+            return Bracket(k, high, min(ABOVE_ALL, high + wider))
         if self.above + self.inside < k:
-            return Bracket(k, 1, low)
+            return Bracket(k, max(1, low - wider), low)
         return None
 
     def narrowed(self) -> Bracket:

@@ -20,8 +20,9 @@ import numpy as np
 
 from streammerge import system
 from streammerge.arrays import RawBytes
-from streammerge.errors import InputChanged, StorageError
+from streammerge.errors import InputChanged
 from streammerge.memory import Scratch
+from streammerge.storage.smallfile import unreadable
 from streammerge.words import Extent, Tile
 
 Io = Literal["auto", "mmap", "read"]
@@ -165,14 +166,17 @@ class Files:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise _failed("cannot be opened", path, error) from error
+            raise unreadable(path, error, "cannot be opened") from error
         if not self._maps(path) or self._stamps[path].size_bytes == 0:
             return _Handle(descriptor, None)
         try:
             return _Handle(descriptor, np.memmap(path, np.uint8, "r"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
             os.close(descriptor)
-            raise _failed("cannot be mapped", path, error) from error
+            raise unreadable(path, error, "cannot be mapped") from error
+        except ValueError as error:  # which is how numpy refuses to map an empty file
+            os.close(descriptor)
+            raise _cut_short(path, 0, self._stamps[path].size_bytes) from error
 
     def _maps(self, path: str) -> bool:
         if self._io == "auto":
@@ -201,6 +205,15 @@ def _close(handle: _Handle) -> None:
     os.close(handle.descriptor)
 
 
+def _cut_short(path: str, end: int, missing: int) -> InputChanged:
+    return InputChanged(
+        f"the file ends at offset {end}",
+        where=path,
+        expected=f"{missing} more bytes",
+        remedy="the file was cut short; fetch it again",
+    )
+
+
 def _read_into(descriptor: int, path: str, offset: int, out: RawBytes) -> None:
     view = memoryview(out)  # type: ignore[arg-type]
     done = 0
@@ -208,17 +221,7 @@ def _read_into(descriptor: int, path: str, offset: int, out: RawBytes) -> None:
         try:
             count = system.read_into(descriptor, view[done:], offset + done)
         except OSError as error:
-            raise _failed(f"cannot be read at offset {offset + done}", path, error) from error
+            raise unreadable(path, error, f"cannot be read at offset {offset + done}") from error
         if count == 0:
-            raise InputChanged(
-                f"the file ends at offset {offset + done}",
-                where=path,
-                expected=f"{len(view) - done} more bytes",
-                remedy="the file was cut short; fetch it again",
-            )
+            raise _cut_short(path, offset + done, len(view) - done)
         done += count
-
-
-def _failed(what: str, path: str, error: OSError | ValueError) -> StorageError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return StorageError(f"{what}: {reason}", where=path, remedy="check the disk and its mount")

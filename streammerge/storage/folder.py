@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from streammerge.errors import BadInput, InputMissing, Problems, StreammergeErro
 from streammerge.storage.header import Header, read_headers
 from streammerge.storage.pickles import WAY_OUT, read_pickles
 from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
-from streammerge.storage.ties import Tie, find_tie
+from streammerge.storage.ties import find_ties
 from streammerge.words import FLOAT_NAMES, DType, Extent
 
 CONFIG = "config.json"
@@ -97,7 +97,12 @@ class ModelFolder:
     tensors: Mapping[str, Extent]  # a tied head among them, whether it is stored or not
     config: Mapping[str, Any]  # empty when there is no config.json
     notes: tuple[str, ...]  # what is unusual and harmless, one line each
-    tie: Tie | None = None
+    ties: Mapping[str, str] = field(default_factory=dict)  # tensor -> the one that it seems to be
+
+    def with_head(self, head: str, embedding: str) -> ModelFolder:
+        """The same folder, once it is known what its tied head is called."""
+        ties = {**self.ties, head: embedding}
+        return replace(self, ties=ties, tensors=FolderTensors(self.shards, ties))
 
     def stored(self, name: str) -> bool:
         """Whether a tensor lies in a file under this name."""
@@ -127,9 +132,9 @@ def open_model(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
     for shard in shards:
         _check_dtypes(shard, problems)
     problems.raise_any()
-    tie = find_tie(FolderTensors(shards), config)
-    tensors = FolderTensors(shards, tie.reads if tie else None)
-    return ModelFolder(path, tuple(shards), tensors, config, tuple(notes), tie)
+    ties = find_ties(FolderTensors(shards), config)
+    tensors = FolderTensors(shards, ties)
+    return ModelFolder(path, tuple(shards), tensors, config, tuple(notes), ties)
 
 
 def shard_names(count: int) -> tuple[str, ...]:
@@ -226,7 +231,7 @@ def _config(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(read_small(path), str(path), path.name)
+    return parse_json(read_small(path), str(path))
 
 
 def _config_and_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -253,7 +258,8 @@ def output_config(
 
     Both `dtype` and the older `torch_dtype` are set where they stand, in nested configs too.
     `untied` says that the head has a weight of its own now, and `vocabulary` how many words there
-    are now: in the config and in that of the text model in it, whichever of the two counts.
+    are now: in the config and in that of the text model in it, whichever of the two counts. A
+    decoder within a model that has a config of its own is told, too, that it is untied.
     `_name_or_path` is left out: it may be a path of the machine where the model was trained.
     """
     names = {float_dtype: name for name, float_dtype in FLOAT_NAMES.items()}
@@ -263,9 +269,11 @@ def output_config(
         if dtype is not None:
             part.update({key: names[dtype] for key in ("dtype", "torch_dtype") if key in part})
     text = result.get("text_config")
-    for part in [result, *([text] if isinstance(text, dict) else [])]:
-        if untied:
+    if untied:
+        inner = (part for part in result.values() if isinstance(part, dict))
+        for part in [result, *(one for one in inner if one is text or "vocab_size" in one)]:
             part["tie_word_embeddings"] = False
+    for part in [result, *([text] if isinstance(text, dict) else [])]:
         if vocabulary is not None and "vocab_size" in part:
             part["vocab_size"] = vocabulary
     return result

@@ -28,6 +28,7 @@ MAX_NAME_BYTES = 4096
 MAX_DIMENSIONS = 64  # numpy's limit; it also bounds the arithmetic that a hostile shape costs
 _MAX_EXTENT = 2**63 - 1  # what a file offset can hold
 
+_CUT = "a download or copy that was interrupted leaves this: fetch the file again"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _DTYPES = {dtype.label: dtype for dtype in DType}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -170,7 +171,7 @@ def _header_length(where: str, descriptor: int, size: int) -> int:
     # Only now, for a sound file may begin like a pickle: one with a header of 640 bytes does.
     _refuse_foreign(where, pread(descriptor, 512, 0))
     if size < LENGTH_BYTES:
-        raise bad(where, "is cut short", f"{size} bytes", "8 bytes and a header")
+        raise bad(where, "is cut short", f"{size} bytes", "8 bytes and a header", _CUT)
     if not 0 < length <= most:
         found = f"{length} bytes in a file of {size} bytes"
         expected = f"1 to {MAX_HEADER_BYTES} bytes, within the file"
@@ -188,7 +189,8 @@ _FOREIGN = (
     (
         rb"PK\x03\x04|\x80[\x02-\x05]",
         "a pickle of PyTorch (.bin, .pt)",
-        "convert it to safetensors; a pickle can run code and is not opened",
+        "convert it to safetensors, as a pickle can run code; or name it as the .bin that it is, "
+        "and --allow-pickle reads its tensors and nothing else",
     ),
     (rb"GGUF", "a GGUF file", "use the model's safetensors files instead"),
     (rb"\x1f\x8b", "a gzip archive", "unpack it with gunzip"),
@@ -272,7 +274,7 @@ def _offsets(where: str, what: str, offsets: Any, data_bytes: int) -> tuple[int,
         raise bad(where, f"{what}: reversed data_offsets", show(offsets), expected)
     if end > data_bytes:
         found = f"{data_bytes} bytes of data, {end - data_bytes} too few"
-        raise bad(where, f"{what}: ends past the end of the file", found, f"at least {end}")
+        raise bad(where, f"{what}: ends past the end of the file", found, f"at least {end}", _CUT)
     return begin, end
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from streammerge.errors import ConfigError, InputMissing
@@ -48,8 +49,8 @@ def resolve(text: str, revision: str | None, folders: Sequence[Path]) -> Path:
         raise bad(str(files[0]), "is not a folder", "a file", "a model folder", remedy)
     if is_hub_id(text):
         return _snapshot(text, revision, tried)
-    found_at = f"nothing at {_list(tried)}"
-    raise InputMissing(f"there is no folder {show(text)}", found=found_at, remedy="check the path")
+    found_at, remedy = f"nothing at {_list(tried)}", _near(tried) or "check the path"
+    raise InputMissing(f"there is no folder {show(text)}", found=found_at, remedy=remedy)
 
 
 def is_hub_id(text: str) -> bool:
@@ -83,7 +84,16 @@ def _check_one(text: str, found: Sequence[Path]) -> None:
 
 
 def _list(paths: Sequence[Path]) -> str:
-    return ", ".join(os.path.abspath(path) for path in paths)
+    return ", ".join(dict.fromkeys(os.path.abspath(path) for path in paths))
+
+
+def _near(tried: Sequence[Path]) -> str:
+    """A question after a folder that may be meant by a path that leads nowhere; else nothing."""
+    for path in tried:
+        beside = [one.name for one in path.parent.glob("*/")] if path.parent.is_dir() else []
+        if near := get_close_matches(path.name, beside, 1):
+            return f"did you mean {path.parent / near[0]}?"
+    return ""
 
 
 # ------------------------------------------------------------------------------ the hub's cache
@@ -105,12 +115,13 @@ def _snapshot(text: str, revision: str | None, tried: Sequence[Path]) -> Path:
     commit = _commit(cached, revision or "main")
     if commit and os.path.isdir(cached / "snapshots" / commit):
         return cached / "snapshots" / commit
-    wanted = f" --revision {revision}" if revision else ""
+    download = f"`hf download {text}{f' --revision {revision}' if revision else ''}`"
+    near = _near(tried)
     what = f"there is no folder {show(text)}, and the Hugging Face cache does not hold it"
     raise InputMissing(
         what + (f" at revision {show(revision)}" if revision else ""),
         found=f"nothing at {_list([*tried, cached])}",
-        remedy=f"check the path, or run `hf download {text}{wanted}`",
+        remedy=f"{near} Or run {download}" if near else f"check the path, or run {download}",
     )
 
 

@@ -83,8 +83,14 @@ def _check_regular(path: str, stamp: os.stat_result) -> None:
         raise bad(path, "is not a regular file", kind, expected, remedy)
 
 
-def unreadable(path: str, error: OSError | ValueError) -> StreammergeError:
-    """The error that says why a file or folder could not be opened or read."""
+def unreadable(
+    path: str, error: OSError | ValueError, what: str = "cannot be read"
+) -> StreammergeError:
+    """The error that says why a file or folder could not be opened or read.
+
+    At any time of a merge: one that is not there, or not for this user, is `InputMissing`; what the
+    disk refuses is `StorageError`.
+    """
     if not isinstance(error, OSError):  # NUL, or what the file system's encoding cannot hold
         return BadInput("is no possible file name", where=show(path), found=str(error))
     found = os.strerror(error.errno) if error.errno else str(error)
@@ -94,9 +100,9 @@ def unreadable(path: str, error: OSError | ValueError) -> StreammergeError:
         return InputMissing(what, where=path, found=found, remedy=remedy)
     if error.errno in _ABSENT:
         remedy = _ABSENT[error.errno]
-        return InputMissing("cannot be read", where=path, found=found, remedy=remedy)
+        return InputMissing(what, where=path, found=found, remedy=remedy)
     remedy = "check the disk or mount, and try again"
-    return StorageError("cannot be read", where=path, found=found, remedy=remedy)
+    return StorageError(what, where=path, found=found, remedy=remedy)
 
 
 def pread(descriptor: int, count: int, offset: int) -> bytes:
@@ -136,8 +142,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def parse_json(data: bytes, where: str, what: str, remedy: str = REPAIR) -> dict[str, Any]:
-    """The JSON object in `data`, which is `what` of the file `where`.
+def parse_json(data: bytes, where: str, what: str = "", remedy: str = REPAIR) -> dict[str, Any]:
+    """The JSON object in `data`, which is the file `where`, or what of it is JSON.
 
     `BadInput` for bad UTF-8, bad JSON, absurd nesting, half a surrogate pair, a key given twice in
     one object (Python's json keeps the last, others the first), and anything but an object.
@@ -160,4 +166,4 @@ def parse_json(data: bytes, where: str, what: str, remedy: str = REPAIR) -> dict
         found = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except ValueError as error:  # half a surrogate pair, or a number of thousands of digits
         fault, found = "is not valid JSON", str(error)
-    raise bad(where, f"{what} {fault}", found, "a JSON object, each key once", remedy)
+    raise bad(where, f"{what} {fault}".lstrip(), found, "a JSON object, each key once", remedy)

@@ -58,7 +58,7 @@ def _finished(
 ) -> StatisticValue:
     found = first
     while not isinstance(found, StatisticValue):
-        for index, tile in enumerate(found.wants(grid.tiles(merged.spec))):
+        for index, tile in enumerate(found.wants(grid.tiles(merged.measured))):
             with peak.watch(scratch) if peak else _unwatched():
                 part = merged.measure({name: found}, tile, index, scratch)[name]
             found.absorb(index, part)
@@ -153,7 +153,7 @@ class MergedContract:
         for name, fold in merged.start(1 << 20, {}).items():
             if isinstance(fold, StatisticValue):
                 continue
-            for index, tile in enumerate(fold.wants(tiles)):
+            for index, tile in enumerate(fold.wants(grid.tiles(merged.measured))):
                 before = files.read_bytes
                 merged.measure({name: fold}, tile, index, scratch)
                 assert files.read_bytes - before == merged.measure_bytes(tile, [name])
@@ -177,7 +177,7 @@ def assert_within_its_word(merged: Merged) -> None:
     warm = Scratch()
     merged.merge(tiles[0], 0, settle(merged, warm), warm)  # loads the factors that are held
     del warm
-    samples = _sampled(merged, tiles)
+    samples = _sampled(merged)
     allowed = max(merged.scratch_bytes(tile) for tile in [*tiles, *samples])
     scratch = Scratch()
     tracemalloc.start()
@@ -194,6 +194,7 @@ def assert_within_its_word(merged: Merged) -> None:
     assert measuring.nbytes <= allowed + merged.part_bytes() + OBJECT_BYTES, "measuring"
 
 
-def _sampled(merged: Merged, tiles: list[Tile]) -> list[Tile]:
+def _sampled(merged: Merged) -> list[Tile]:
+    tiles = grid.tiles(merged.measured)
     folds = [one for one in merged.start(0, {}).values() if not isinstance(one, StatisticValue)]
     return [tile for fold in folds for tile in fold.wants(tiles)]

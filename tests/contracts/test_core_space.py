@@ -245,10 +245,11 @@ def test_compressed_to_all_directions_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_updates_of_a_transposed_tensor_are_merged_as_they_are_stored(tmp_path: Path) -> None:
     made = write(tmp_path, random_pairs((4, 2)))
-    combine = in_core(made, "dare_linear", density=[0.5, 0.7])  # by the place of an element
-    straight = product_of(Mixed(made.files, made.updates, combine))
-    turned = Mixed(made.files, made.updates.turned(), Turned(combine), rank=6)
-    assert_near(product_of(turned, COLS), straight.T)
+    by_place = in_core(made, "dare_linear", density=[0.5, 0.7])  # of an element
+    for combine in (by_place, Compressed(in_core(made, "ties", density=[0.5, 0.7]), 3, 2)):
+        straight = product_of(Mixed(made.files, made.updates, combine))
+        turned = Mixed(made.files, made.updates.turned(), Turned(combine), rank=6)
+        assert_near(product_of(turned, COLS), straight.T)
 
 
 # ---------------------------------------------------------------------------------------- ranks

@@ -39,6 +39,7 @@ BAD_INPUTS: dict[int, Row] = {
         _RECIPE,
         "test_fault_4_wrong_types",
         "test_fault_4_weights_that_are_no_numbers",
+        "test_fault_4_a_key_that_no_text_can_be",
     ),
     5: _row(
         "config: duplicate key",
@@ -272,6 +273,7 @@ FAULTS: dict[int, Row] = {
         "an input rewritten between two runs or during one",
         (
             f"{_INPUTS}::test_an_input_that_is_rewritten_is_named",
+            f"{_INPUTS}::test_a_tokenizer_that_changes_during_a_merge_is_named",
             f"{_RESUME}::test_changed_inputs_are_refused_and_named",
         ),
     ),
@@ -280,6 +282,7 @@ FAULTS: dict[int, Row] = {
         _INPUTS,
         "test_an_input_that_is_replaced_is_named",
         "test_an_input_that_is_deleted_is_named_or_read_on",
+        "test_an_input_that_goes_before_the_run_is_missing",
     ),
     12: _row(
         "the output exists, or is an input",

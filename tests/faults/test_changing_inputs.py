@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import streammerge as sm
-from streammerge.errors import InputChanged, StorageError
+from streammerge import grid
+from streammerge.engine import run as carry_out
+from streammerge.errors import InputChanged, InputMissing
+from streammerge.memory import Scratch
 from streammerge.scheduler import Item
 from streammerge.work import Worker
 from tests.running import COMMAND, digest, make_inputs, run, write_recipe
@@ -31,6 +34,7 @@ SHARD = "model-00002-of-00002.safetensors"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_inputs(tmp_path_factory.mktemp("inputs"))
     write_recipe(folder, "ties", PRUNED)
+    write_recipe(folder, "linear")
     return folder
 
 
@@ -137,14 +141,64 @@ def test_an_input_that_is_deleted_is_named_or_read_on(
     monkeypatch.setattr("streammerge.storage.bytesource._OPEN_FILES", open_files)
     try:
         sm.merge(inputs / "ties.yaml", out=out)
-    except StorageError as error:
+    except InputMissing as error:
         assert error.where == str(path)
-        assert "No such file" in error.what
+        assert error.found == "No such file or directory"
     else:
         assert open_files
     monkeypatch.undo()
     shutil.rmtree(out, ignore_errors=True)
     assert_mended(inputs, made, out, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"base/{SHARD}", "lora-1/adapter_model.safetensors", "lora-1/adapter_config.json"],
+)
+def test_an_input_that_goes_before_the_run_is_missing(
+    inputs: Path, tmp_path: Path, name: str
+) -> None:
+    """Whoever misses it first: the warning of torn files, the fingerprint, or the merge."""
+    made = sm.plan(inputs / "ties.yaml")
+    (inputs / name).unlink()
+    with pytest.raises(InputMissing) as caught:
+        carry_out(made, tmp_path / "out")
+    assert caught.value.where == str(inputs / name)
+    assert caught.value.exit_code == 66 and caught.value.remedy
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("disturb", "error"),
+    [(Path.unlink, InputMissing), (lambda path: path.write_text("{}"), InputChanged)],
+    ids=["deleted", "rewritten"],
+)
+def test_a_tokenizer_that_changes_during_a_merge_is_named(
+    inputs: Path, made: Path, tmp_path: Path, undisturbed: str, during: During,
+    monkeypatch: pytest.MonkeyPatch, disturb: Callable[[Path], object], error: type[Exception],
+) -> None:  # fmt: skip
+    """It is copied at the end, and the output must be what its fingerprint says."""
+    path, out = inputs / "base" / "tokenizer.json", tmp_path / "out"
+    during(lambda: disturb(path))
+    with pytest.raises(error, match=r"tokenizer\.json"):
+        sm.merge(inputs / "ties.yaml", out=out)
+    assert not out.exists()
+    monkeypatch.undo()
+    assert_mended(inputs, made, out, undisturbed)
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_an_input_that_is_emptied_before_it_is_opened_is_named(
+    inputs: Path, tmp_path: Path, io: str
+) -> None:
+    made = sm.plan(inputs / "linear.yaml", io=io)  # type: ignore[arg-type]
+    path = inputs / "base" / SHARD
+    extent = next(iter(made.inputs.donor.shards[1].tensors.values()))
+    os.truncate(path, 0)
+    tile, scratch = next(iter(grid.tiles(extent.spec))), Scratch()
+    with made.files, pytest.raises(InputChanged) as caught, made.files.tile(extent, tile, scratch):
+        pass
+    assert caught.value.where == str(path)
 
 
 # ---------------------------------------------------------------------------------- short calls

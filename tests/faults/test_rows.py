@@ -27,6 +27,16 @@ def test_the_tables_are_complete() -> None:
     assert all(row.tests for row in (*BAD_INPUTS.values(), *FAULTS.values()))
 
 
+def test_the_page_has_every_row_and_nothing_that_was_lost() -> None:
+    """Its numbers are those of the day it was made; scripts/faults has today's."""
+    page = (TESTS.parent / "docs" / "faults.md").read_text()
+    for table in (FAULTS, BAD_INPUTS):
+        for number, row in table.items():
+            line = next(line for line in page.splitlines() if f"| {number} | {row.what} |" in line)
+            tries, survived, equal = line.rstrip(" |").split(" | ")[-3:]
+            assert int(tries) > 0 and tries == survived == equal, line
+
+
 @pytest.mark.parametrize("row", [*BAD_INPUTS.values(), *FAULTS.values()], ids=lambda row: row.what)
 def test_the_names_in_a_row_are_there(row: Row) -> None:
     for test in row.tests:

@@ -45,6 +45,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     adapter = core | {"output": {"kind": "adapter", "rank": 24}}
     (folder / "adapter.yaml").write_text(json.dumps(adapter))
     (folder / "tuned.yaml").write_text(memory.recipe_text("embedding", "ties"))
+    extraction = {
+        "base_model": "./base",
+        "merge_method": "task_arithmetic",
+        "models": [{"model": "./tuned"}],
+        "output": {"kind": "adapter", "rank": 200, "error": 0.5, "save": ["embeddings"]},
+    }
+    (folder / "extraction.yaml").write_text(json.dumps(extraction))
     yield folder
     shutil.rmtree(folder)
 
@@ -101,6 +108,18 @@ def test_a_full_fine_tune_stays_under_projected(inputs: Path, tmp_path: Path, io
     measured = memory.measure(inputs / "tuned.yaml", tmp_path / "out", 384 * MIB, "--io", io)
     assert measured.peak_bytes <= measured.projected_bytes <= 384 * MIB
     assert measured.ratio < 1.4
+
+
+@measures
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_fine_tune_as_an_adapter_stays_under_projected(
+    inputs: Path, tmp_path: Path, threads: str
+) -> None:
+    """Of ranks that are cut afterwards; what LAPACK takes is foreseen at its largest."""
+    path, out, budget_bytes = inputs / "extraction.yaml", tmp_path / "out", 640 * MIB
+    measured = memory.measure(path, out, budget_bytes, "--threads", threads)
+    assert measured.peak_bytes <= measured.projected_bytes <= budget_bytes
+    assert measured.ratio < 1.6
 
 
 @measures

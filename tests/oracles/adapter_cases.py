@@ -8,139 +8,27 @@ the table of the docs from this list: what is not here is not claimed there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from other_models import make_convnext, make_resnet, make_wav2vec2
+from adapter_case import Case
+from architecture_cases import ARCHITECTURES, MODELS_OF_ARCHITECTURES
+from other_models import (
+    make_bert,
+    make_convnext,
+    make_gpt2_of_the_hub,
+    make_qwen2_vl,
+    make_resnet,
+    make_tied_llava,
+    make_wav2vec2,
+)
 from peft_models import VOCABULARY, make_gpt2, make_llama, make_qwen2
 
 # What PEFT is told of a model: trained in full, next to a LoRA that keeps it company.
 ATTENTION = ["q_proj", "v_proj"]
 HEADS = ["embed_tokens", "lm_head"]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An adapter of one kind on one model.
-
-    `config` is given to `LoraConfig`. `change` alters the model before it is trained, `spoil` the
-    folder after it was saved. `refused` is a phrase of the refusal; None where it is merged. `tied`
-    says whether the merged model's head must still be its embedding.
-    """
-
-    kind: str
-    model: str
-    config: Mapping[str, Any]
-    change: Callable[[Any], None] | None = None
-    spoil: Callable[[Path], None] | None = None
-    refused: str | None = None
-    tied: bool | None = None
-    remark: str = ""
-
-    @property
-    def label(self) -> str:
-        """Unique within a kind: the model, and the remark where there is one."""
-        return f"{self.kind} on {self.model}" + (f" ({self.remark})" if self.remark else "")
-
-
-def make_qwen2_vl(folder: Path, tied: bool = False) -> Path:
-    """A vision-language model: its file has other names than its modules."""
-    import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    torch.manual_seed(20)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-def make_bert(folder: Path) -> Path:
-    """A masked language model whose head, named unlike most, shares the embedding's weight."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=56,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(20)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder
-
-
-def make_gpt2_of_the_hub(folder: Path) -> Path:
-    """As it lies on the hub: saved from the body, without `transformer.` and without a head."""
-    from safetensors.numpy import load_file, save_file
-
-    make_gpt2(folder)
-    path = folder / "model.safetensors"
-    tensors = {name.removeprefix("transformer."): one for name, one in load_file(path).items()}
-    save_file(tensors, path, {"format": "pt"})
-    return folder
-
-
-def make_tied_llava(folder: Path) -> Path:
-    """A vision-language model of the family that transformers 4.52 moved, its head tied."""
-    import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=16,
-    )
-    text = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=200, tie_word_embeddings=True
-    )
-    torch.manual_seed(20)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-def make_t5(folder: Path) -> Path:
-    """An encoder and a decoder that share one embedding with the head, which is not stored."""
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
-    torch.manual_seed(20)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
@@ -153,45 +41,12 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "Qwen2-VL": make_qwen2_vl,
     "tied Qwen2-VL": partial(make_qwen2_vl, tied=True),
     "BERT": make_bert,
-    "T5": make_t5,
     "tied LLaVA": make_tied_llava,
     "ResNet": make_resnet,
     "ConvNeXt": make_convnext,
     "wav2vec 2.0": make_wav2vec2,
+    **MODELS_OF_ARCHITECTURES,
 }
-
-
-def load_any(folder: Path) -> Any:
-    """A saved model in float32, as the class that its config names."""
-    import torch
-    import transformers
-
-    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-    kind = getattr(transformers, name)
-    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-
-
-def train(case: Case, model_folder: Path, out_folder: Path, seed: int = 5) -> Any:
-    """An adapter of the case's kind, saved; returns PEFT's unmerged model.
-
-    Whatever PEFT would train is moved by random values, since it starts where the base is.
-    """
-    import torch
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    model = load_any(model_folder)
-    if case.change:
-        case.change(model)
-    kind = AdaLoraConfig if "init_r" in case.config else LoraConfig
-    model = get_peft_model(model, kind(**case.config))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.2
-    model.save_pretrained(str(out_folder))
-    if case.spoil:
-        case.spoil(out_folder)
-    return model.eval()
 
 
 _DORA: dict[str, Any] = {"use_dora": True}
@@ -293,6 +148,20 @@ REPLACING = (
         },
         remark="of embedding and head",
     ),
+)
+
+
+TOKENS = (
+    Case("trainable tokens by themselves", "Llama", {"token_indices": [90, 3, 41]}),
+    Case("trainable tokens by themselves", "tied Llama", {"token_indices": [90, 3]}, tied=True),
+    Case(
+        "trainable tokens by themselves",
+        "tied Llama",
+        {"token_indices": [7], "target_modules": ["lm_head"]},
+        tied=False,
+        remark="of the head",
+    ),
+    Case("trainable tokens by themselves", "T5", {"token_indices": [7, 90]}, tied=True),
 )
 
 
@@ -407,16 +276,6 @@ BERT = (
     ),
 )
 
-SHARED = (
-    Case(
-        "LoRA on tied weights",
-        "T5",
-        {"target_modules": ["shared"]},
-        refused="that the model's head seems to share",
-        remark="the embedding of encoder, decoder and head",
-    ),
-)
-
 
 def _resize(model: Any) -> None:
     model.resize_token_embeddings(VOCABULARY + 4)
@@ -449,6 +308,40 @@ LARGER = (
         _resize,
         refused="trainable tokens whose rows",
         remark="trainable tokens, without the embedding",
+    ),
+    Case("a larger vocabulary", "T5", {"target_modules": ["q", "v"]}, _resize, tied=True),
+    Case("a larger vocabulary", "Mamba", {"target_modules": ["x_proj"]}, _resize, tied=True),
+    Case(
+        "a larger vocabulary",
+        "T5",
+        {"target_modules": ["q"], "modules_to_save": ["shared"]},
+        _resize,
+        refused="for some tensors and not for others",
+        remark="of which `shared` alone was trained",
+    ),
+    Case(
+        "a larger vocabulary",
+        "BART",
+        {"target_modules": ["q_proj"]},
+        _resize,
+        refused="resize_token_embeddings",
+        remark="with a bias for each word",
+    ),
+    Case(
+        "a larger vocabulary",
+        "Phi",
+        {"target_modules": ["q_proj"]},
+        _resize,
+        refused="resize_token_embeddings",
+        remark="whose head has a bias",
+    ),
+    Case(
+        "a larger vocabulary",
+        "Llama",
+        {"target_modules": ["embed_tokens", "lm_head"], **_DORA},
+        _resize,
+        refused="resize_token_embeddings",
+        remark="DoRA on the embedding",
     ),
     Case(
         "a larger vocabulary",
@@ -594,4 +487,4 @@ NAMES = (
     ),
 )
 
-CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TIED, *BERT, *SHARED, *LARGER, *NAMES)
+CASES = (*KINDS, *NOT_MERGED, *REPLACING, *TOKENS, *TIED, *BERT, *ARCHITECTURES, *LARGER, *NAMES)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from adapter_cases import load_any, make_qwen2_vl
+from adapter_case import load_any
 from exact_merge import STEP, Answer, Exact, Stored, read_tensors
-from other_models import make_convnext, make_resnet, make_wav2vec2, save_new
+from other_models import make_convnext, make_qwen2_vl, make_resnet, make_wav2vec2, save_new
 from peft_models import VOCABULARY, make_gpt2, make_llama, make_qwen2
 
 PREFIX = "base_model.model."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import adapter_cases
 import kind_cases
+from adapter_case import Case
 
 from streammerge.adapters.fields import EXTRAS, NO_WEIGHTS, OTHER_WEIGHTS
 
@@ -90,7 +91,7 @@ def answered() -> list[tuple[str, str]]:
     return together((case.kind, told(case)) for case in merged)
 
 
-def told(case: adapter_cases.Case) -> str:
+def told(case: Case) -> str:
     return case.model + (f", {case.remark}" if case.remark else "")
 
 

@@ -14,11 +14,14 @@ from test_adapter_output import beside, distance, llama, merge, updates
 from test_logits import CONV1D, MEMORY, TIGHT, logits
 
 import streammerge as sm
+from streammerge import events
 from streammerge.commands.extract import recipe_of
 from streammerge.commands.recompute import recompute
 from streammerge.commands.verify import verify
 from streammerge.errors import BadInput, ConfigError
 from streammerge.recipe import to_yaml
+from streammerge.sinks.receipts import Receipt
+from streammerge.sinks.shards import ShardsSink
 from streammerge.storage.record import read_record
 from tests.oracles import low_rank as oracle
 from tests.oracles.dense import Exact
@@ -110,6 +113,7 @@ def test_each_matrix_gets_the_least_rank_that_is_enough(
     other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
     done = run("extract-lora", other, "--base", base, *options, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert "every direction is looked for in 14 tensors: a `rank`" in done.stderr
     record, found = read_record(tmp_path / "out"), updates(tmp_path / "out")
     deltas = differences(base, other)
     assert record.approximations.keys() == deltas.keys()
@@ -122,6 +126,8 @@ def test_each_matrix_gets_the_least_rank_that_is_enough(
         best = int(np.flatnonzero(values.cumsum() >= (1 - share) * values.sum())[0]) + 1
         assert best <= one.rank <= best + 1
     ranks = {one.rank for one in record.approximations.values()}
+    span = f"ranks {min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"rank {max(ranks)}"
+    assert f"the factors, of {span}, miss " in done.stdout
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {config["r"], *config["rank_pattern"].values()} == ranks
     answer = beside(base, tmp_path / "out")
@@ -138,6 +144,7 @@ def test_a_rank_is_then_the_most_there_may_be(shelf: Shelf, tmp_path: Path) -> N
     limits = ("--error", "0.01", "--rank", 4, "--out", tmp_path / "out")
     done = run("extract-lora", other, "--base", base, *limits)
     assert done.returncode == 0, done.stderr
+    assert "every direction" not in done.stderr
     assert "14 tensors miss more than 0.01 at the most rank allowed" in done.stderr
     assert {one.rank for one in read_record(tmp_path / "out").approximations.values()} == {4}
 
@@ -188,19 +195,52 @@ def test_stopped_around_the_cut_it_goes_on(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 13, 27])
+def test_stopped_between_the_factors_it_goes_on(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    """Also where A is there and B is not: then B measures by itself."""
+    base = shelf.get("llama", make_llama)
+    other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
+    recipe = recipe_of(str(other), base=str(base), rank=5)
+    sm.merge(recipe, out=tmp_path / "whole", memory=MEMORY)
+    original, left = ShardsSink.record, iter(range(pieces))
+
+    def record(sink: ShardsSink, receipt: Receipt) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("a power cut")
+        original(sink, receipt)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a power cut"):
+        patch.setattr(ShardsSink, "record", record)
+        sm.merge(recipe, out=tmp_path / "out", memory=MEMORY, threads=1)
+    assert sm.merge(recipe, out=tmp_path / "out", memory=MEMORY).resumed_bytes > 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_models_are_read_once_for_both_factors(
-    shelf: Shelf, tmp_path: Path, threads: int
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    """As often as the plan says: two looks for directions, and one along them."""
+    """As often as the plan says: two looks for directions, and one along them; and all of that is
+    what its progress counts."""
     base = shelf.get("llama", make_llama)
     other = tuned(tmp_path / "tuned", base, norms=False, noise=0.02)
     recipe = recipe_of(str(other), base=str(base), rank=5)
     plan = sm.plan(recipe, memory=MEMORY, threads=threads)
+    told: list[events.Progress] = []
+    monkeypatch.setattr("streammerge.building.PROGRESS_SECONDS", 0)
     matrices = sum(v.nbytes for n, v in load(base).state_dict().items() if "proj" in n)
     assert plan.demand.read_bytes == 3 * 2 * matrices
-    report = sm.merge(recipe, out=tmp_path / "out", memory=MEMORY, threads=threads)
+    report = sm.merge(
+        recipe,
+        out=tmp_path / "out",
+        memory=MEMORY,
+        threads=threads,
+        emit=lambda event: told.append(event) if isinstance(event, events.Progress) else None,
+    )
     assert report.read_bytes == plan.demand.read_bytes
+    assert [one.done == one.total for one in told] == [False] * (len(told) - 1) + [True]
 
 
 def test_layers_that_store_their_weights_turned(shelf: Shelf, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from adapter_cases import load_any
+from adapter_case import load_any
 from exact_merge import STEP, Answer, Stored, assert_close, read_tensors
 from kind_cases import CASES, MODELS, Case, answers, merged_by_peft, train
 from peft_models import VOCABULARY, Shelf

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import streammerge as sm
+from streammerge.errors import StreammergeError
 from streammerge.planning import Plan
 
 Array = NDArray[np.float32]
@@ -162,3 +163,108 @@ def test_what_one_adapter_unties_the_other_changes_on_both_sides(tmp_path: Path)
     embedding = head + 0.5 * 2 * (b.astype(np.float64) @ a).T
     assert np.abs(merged[HEAD] - head).max() < 1e-6
     assert np.abs(merged[EMBEDDING] - embedding).max() < 1e-6
+
+
+# ------------------------------------------------------- an encoder, a decoder, and a head of T5
+
+SHARED, STACKS = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def t5(
+    folder: Path, seed: int, *, head: str, scaled: bool, copies: bool = False
+) -> dict[str, Array]:
+    """A T5 whose head is its `own`, as in T5 1.1, or `missing`; its tensors as they are meant.
+
+    `scaled` is what `tie_word_embeddings` says, and `copies` whether the file repeats the shared
+    embedding, as some on the hub do.
+    """
+    tensors = {SHARED: numbers(seed, 9, 4)}
+    for number, stack in enumerate(("encoder", "decoder"), start=1):
+        tensors[f"{stack}.block.0.layer.0.SelfAttention.q.weight"] = numbers(seed + number, 4, 4)
+    own = {HEAD: numbers(seed + 3, 9, 4)} if head == "own" else {}
+    repeated = {name: tensors[SHARED].copy() for name in STACKS if copies}
+    folder.mkdir()
+    save_file({**tensors, **own, **repeated}, folder / "model.safetensors")
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": scaled}))
+    return tensors | {HEAD: own.get(HEAD, tensors[SHARED])}
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(("head", "scaled"), [("own", False), ("missing", True)])
+def test_t5s_of_a_kind_stay_what_they_are(
+    tmp_path: Path, head: str, scaled: bool, copies: bool
+) -> None:
+    """What each shares goes unsaid and is left out; a head of its own is no change."""
+    a = t5(tmp_path / "base", 1, head=head, scaled=scaled, copies=copies)
+    b = t5(tmp_path / "tuned", 11, head=head, scaled=scaled)
+    plan = merge(tmp_path)
+    merged = read_tensors(tmp_path / "merged")
+    assert set(merged) == set(a) - ({HEAD} if head == "missing" else set())
+    for name, stored in merged.items():
+        assert np.abs(stored.values() - (0.75 * a[name] + 0.25 * b[name])).max() < 1e-6
+    assert not any("no longer one" in note for note in plan.notes)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is scaled
+
+
+def test_a_t5_with_a_head_of_its_own_parts_one_that_shares_it(tmp_path: Path) -> None:
+    """The head is written, the stacks are not, and the scale stays that of the base."""
+    a = t5(tmp_path / "base", 1, head="missing", scaled=True)
+    b = t5(tmp_path / "tuned", 11, head="own", scaled=False)
+    plan = merge(tmp_path)
+    merged = read_tensors(tmp_path / "merged")
+    assert set(merged) == set(a)
+    assert np.abs(merged[HEAD].values() - (0.75 * a[HEAD] + 0.25 * b[HEAD])).max() < 1e-6
+    (note,) = [note for note in plan.notes if "no longer one" in note]
+    assert "`tie_word_embeddings` stays as it is" in note
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+
+
+# --------------------------------------------------------------- a head that nobody has heard of
+
+WORDS, UNWORDS = "new.emb.weight", "unemb.weight"
+
+
+def unheard_of(folder: Path) -> dict[str, Array]:
+    """A tied model of an unknown class: its head is in no file, and in no table of names."""
+    tensors = {WORDS: numbers(1, 9, 4), "new.q.weight": numbers(2, 4, 4)}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"architectures": ["NewForCausalLM"], "vocab_size": 9, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def lora(folder: Path, seed: int, module: str, outputs: int) -> tuple[Path, NDArray[np.float64]]:
+    """An adapter on one module of 4 inputs, and its update."""
+    a, b = numbers(seed, 2, 4), numbers(seed + 1, outputs, 2)
+    folder.mkdir()
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    key = f"base_model.model.{module}.lora_"
+    save_file({f"{key}A.weight": a, f"{key}B.weight": b}, folder / "adapter_model.safetensors")
+    return folder, 2 * b.astype(np.float64) @ a
+
+
+def test_an_adapter_on_a_head_says_what_it_is_called(tmp_path: Path) -> None:
+    """The other adapter does not touch it, and both are on one model."""
+    base = unheard_of(tmp_path / "base")
+    on_q, of_q = lora(tmp_path / "q", 20, "new.q", 4)
+    on_head, of_head = lora(tmp_path / "head", 30, "unemb", 9)
+    merged = merge_adapters(tmp_path, on_q, on_head)
+    assert set(merged) == {*base, UNWORDS}
+    assert np.array_equal(merged[WORDS], base[WORDS])
+    assert np.abs(merged[UNWORDS] - (base[WORDS] + 0.5 * of_head)).max() < 1e-6
+    assert np.abs(merged["new.q.weight"] - (base["new.q.weight"] + 0.5 * of_q)).max() < 1e-6
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("module", "outputs"), [("unemb", 8), ("new.z", 4)])
+def test_other_unknown_names_are_no_heads(tmp_path: Path, module: str, outputs: int) -> None:
+    unheard_of(tmp_path / "base")
+    adapter, _ = lora(tmp_path / "adapter", 30, module, outputs)
+    with pytest.raises(StreammergeError, match="name no tensor of the base"):
+        merge_adapters(tmp_path, adapter)

@@ -116,9 +116,27 @@ def test_tokens_are_given_by_the_ends_of_names(tmp_path: Path) -> None:
     assert config.token_indices("model.norm") is None
 
 
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
+def test_a_number_that_no_float_can_hold_is_refused(tmp_path: Path, field: str) -> None:
+    value = {"q_proj": 10**400} if field.endswith("pattern") else 10**400
+    assert f"`{field}` cannot be used" in refused(tmp_path, **{field: value})
+
+
 @pytest.mark.parametrize("value", ["3", 3, [-1], [1.0], {"lm_head": 3}, {"lm_head": ["a"]}])
 def test_tokens_that_are_no_rows(tmp_path: Path, value: object) -> None:
     assert "`trainable_token_indices`" in refused(tmp_path, trainable_token_indices=value)
+
+
+def test_tokens_that_are_all_of_an_adapter(tmp_path: Path) -> None:
+    tokens = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "init_weights": True,
+        "target_modules": "embed_tokens",
+    }
+    config = accepted(tmp_path, **tokens, token_indices=[9, 2])
+    assert config.token_indices("model.embed_tokens") == (9, 2)
+    assert "`token_indices`" in refused(tmp_path, **tokens, token_indices=[-1])
+    assert "'token_indices'" in refused(tmp_path, token_indices=[9, 2])  # LoRA has no such field
 
 
 def test_no_tokens(tmp_path: Path) -> None:
@@ -193,9 +211,11 @@ def test_other_kinds_of_adapters_go_by_their_own_names(tmp_path: Path, peft_type
     assert ("no merged weight" in text) == (peft_type in NO_WEIGHTS)
 
 
-@pytest.mark.parametrize("peft_type", ["QUUX", None, 3])
-def test_a_kind_that_nobody_knows_is_shown(tmp_path: Path, peft_type: object) -> None:
-    assert repr(peft_type) in refused(tmp_path, peft_type=peft_type)
+@pytest.mark.parametrize(
+    ("peft_type", "found"), [("QUUX", "'QUUX'"), (None, "found:    nothing"), (3, "found:    3")]
+)
+def test_a_kind_that_nobody_knows_is_shown(tmp_path: Path, peft_type: object, found: str) -> None:
+    assert found in refused(tmp_path, peft_type=peft_type)
 
 
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:

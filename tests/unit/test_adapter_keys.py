@@ -81,6 +81,16 @@ def test_wrappers_are_dropped_where_all_have_them(raw: list[str], clean: list[st
     assert unwrapped(raw) == clean
 
 
+def test_both_projections_of_a_multihead_attention_are_one_problem() -> None:
+    """Else the input projections would be looked for under a name that no tensor has."""
+    attention = lora("head.attention", 12, 4) | lora("head.attention.base_layer.out_proj", 4, 4)
+    contents, problems = sort(attention | lora(Q, 4, 4))
+    assert modules(contents) == [Q]
+    assert len(problems) == 1
+    assert "MultiheadAttention" in problems[0]
+    assert "twice" in problems[0]
+
+
 OTHER_TENSORS = [
     ("model.layers.0.mlp.experts.base_layer.lora_A.weight", (8, 4), "several parameters"),
     (f"{Q}.lora_C.weight", (2, 4), "no known kind"),

@@ -99,6 +99,26 @@ def test_one_change_of_leading_parts(module: str, tensor: str) -> None:
         ),
         (["model.layers.0.q", "lm_head"], ["thinker.model.layers.0.q", "thinker.lm_head"]),
         (["gpt_neox.layers.0.q", "lm_head"], ["gpt_neox.layers.0.q", "embed_out"]),
+        (
+            ["vit.layers.0.attention.q_proj", "vit.layers.1.mlp.fc2", "classifier"],
+            [
+                "vit.encoder.layer.0.attention.attention.query",
+                "vit.encoder.layer.1.output.dense",
+                "classifier",
+            ],
+        ),
+        (
+            ["swin.encoder.layers.0.blocks.1.attention.q_proj", "swin.layernorm"],
+            ["swin.encoder.layers.0.blocks.1.attention.self.query", "swin.layernorm"],
+        ),
+        (
+            ["model.layers.0.mixer.in_proj", "lm_head"],
+            ["backbone.layers.0.mixer.in_proj", "lm_head"],
+        ),
+        (
+            ["dinov2.encoder.layer.0.attention.o_proj", "dinov2.encoder.layer.0.mlp.fc1"],
+            ["dinov2.encoder.layer.0.attention.output.dense", "dinov2.encoder.layer.0.mlp.fc1"],
+        ),
     ],
 )
 def test_head_and_vision_tower_move_their_own_way(modules: list[str], tensors: list[str]) -> None:

@@ -383,6 +383,23 @@ def test_the_output_config_has_the_dtype_wherever_the_input_had_one() -> None:
     assert json.dumps(config) == before
 
 
+def test_the_output_config_says_that_a_head_is_untied_wherever_that_is_read() -> None:
+    """The image model has no words, and the text model's config may leave out how many it has."""
+    config = {
+        "text_config": {"hidden_size": 4},
+        "decoder": {"vocab_size": 9, "tie_word_embeddings": True},
+        "vision_config": {"hidden_size": 4},
+    }
+    own = {"tie_word_embeddings": False}
+    assert output_config(config, dtype=None, untied=True) == {
+        **own,
+        "text_config": {"hidden_size": 4, **own},
+        "decoder": {"vocab_size": 9, **own},
+        "vision_config": {"hidden_size": 4},
+    }
+    assert output_config(config, dtype=None) == config
+
+
 def test_the_output_config_keeps_the_dtype_when_none_is_asked_for() -> None:
     config = {"dtype": "float16", "a": [1, {"b": None}]}
     assert output_config(config, dtype=None) == config

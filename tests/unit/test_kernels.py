@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 
 from streammerge.kernels import Cut, elect, multiply, narrow, trim, widen
 from streammerge.kernels.casts import not_finite, not_finite_stored
+from streammerge.kernels.contributions import (
+    count_contributions,
+    merge_contributions,
+    variance,
+)
 from streammerge.kernels.norms import norms_of_rows, squares_of_columns
 from streammerge.kernels.product import gram, squared_norms
 from streammerge.kernels.prune import (
@@ -341,6 +346,52 @@ def test_weights_that_sum_to_nothing_divide_by_one(weights: tuple[float, ...]) -
     deltas = np.array([1, 1, -1], np.float32).reshape(-1, 1, 1)
     merged = elect(deltas, np.array(weights))
     assert merged[0, 0] == pytest.approx(sum(abs(w) for w in weights), rel=1e-6)
+
+
+# ---------------------------------------------------------------------- all models of an element
+
+
+@pytest.fixture
+def stack() -> Single:
+    """Longer than two blocks, with elements that none, one or several models have."""
+    rng = np.random.default_rng(4)
+    deltas = rng.normal(size=(3, 5, 511)).astype(np.float32)
+    deltas[rng.random(deltas.shape) < 0.4] = 0
+    return deltas
+
+
+@pytest.mark.parametrize("models", [3, 5])
+def test_variance_is_its_formula_to_the_bit(stack: Single, models: int) -> None:
+    mean = np.zeros(stack.shape[1:])
+    for delta in stack:
+        mean += delta
+    mean /= models
+    total = (models - 3) * mean * mean
+    for delta in stack:
+        total += (delta - mean) ** 2
+    expected = (total / models).astype(np.float32)
+    assert variance(stack, models).tobytes() == expected.tobytes()
+
+
+def test_contributions_are_counted_as_shared_or_alone(stack: Single) -> None:
+    above = np.abs(stack) > np.float32(0.5)
+    together = above & (above.sum(axis=0) > 1)
+    shared, alone = count_contributions(stack, 0.5)
+    assert shared.tolist() == together.sum(axis=(1, 2)).tolist()
+    assert alone.tolist() == (above & ~together).sum(axis=(1, 2)).tolist()
+
+
+def test_contributions_are_merged_by_their_formula_to_the_bit(stack: Single) -> None:
+    factors = np.array([0.5, 1 / 3, -2.0])
+    above = np.abs(stack) > np.float32(0.5)
+    there = above.sum(axis=0)
+    total = np.zeros(stack.shape[1:], np.float32)
+    for delta, counts in zip(stack, above, strict=True):
+        total = np.where(counts, total + delta, total)
+    own = np.array(factors, np.float32)[np.argmax(above, axis=0)]
+    mean = total / np.maximum(there, 1).astype(np.float32)
+    expected = np.where(there == 1, total * own, mean)
+    assert merge_contributions(stack.copy(), 0.5, factors).tobytes() == expected.tobytes()
 
 
 # ----------------------------------------------------------------------------- sums and products

@@ -112,3 +112,24 @@ def test_ranks_of_equals_go_by_column() -> None:
     numbers = uniform(0, 0, 5)
     expected = np.where(numbers < share[0], rows[0, 0] / share[0], 0)
     np.testing.assert_allclose(left[0, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cols", [1, 2, 2047, 5000])
+@pytest.mark.parametrize("divide", [False, True])
+def test_drop_by_rank_is_its_formula_to_the_bit(cols: int, divide: bool) -> None:
+    """Of magnitudes of every size, which differ in any digit of their bits."""
+    rng = np.random.default_rng(cols)
+    rows = rng.integers(0, 0x7F800000, (3, cols)).astype(np.uint32).view(np.float32)
+    rows *= rng.choice([-1, 1], rows.shape).astype(np.float32)
+    rows[1, ::3] = rows[1, 0]
+    rows[2, ::2] = 0
+    ranks = np.argsort(np.argsort(np.abs(rows), axis=1, kind="stable"), axis=1)
+    low, high = 0.5 - 0.4, 0.5 + 0.4
+    share = low + (high - low) * ranks / (cols - 1) if cols > 1 else np.full((3, 1), 0.5)
+    numbers = uniform(9, 7 * cols, rows.size).reshape(rows.shape)
+    with np.errstate(over="ignore"):
+        scaled = (rows / share).astype(np.float32) if divide else rows
+    expected = np.where(numbers < share, scaled, np.float32(0))
+    shares = np.array([0.5]), np.array([0.4])
+    left = drop_by_rank(rows[None].copy(), *shares, Draws((9,), 7 * cols), divide=divide)
+    assert left[0].tobytes() == expected.tobytes()

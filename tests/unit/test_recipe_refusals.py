@@ -143,6 +143,19 @@ def test_fault_4_wrong_types(text: str, line: int, column: int, words: tuple[str
 
 
 @pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ('merge_method: linear\n"\\ud800": 1', 1),
+        ('{base_model: {"\\ud800": }, merge_method: linear}', 14),
+    ],
+)
+def test_fault_4_a_key_that_no_text_can_be(text: str, column: int) -> None:
+    """Half of a surrogate pair, which an escape can spell and no encoding can write."""
+    found, _ = refused(text)
+    assert_says(found[0], 1, column, "is not valid", "a mapping of ")
+
+
+@pytest.mark.parametrize(
     "value, found", [("'0.5'", "'0.5' (text)"), ("yes", "'yes'"), ("true", "true"), ("", "nothing")]
 )
 def test_fault_4_weights_that_are_no_numbers(value: str, found: str) -> None:

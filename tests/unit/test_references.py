@@ -57,6 +57,19 @@ def test_relative_to_the_config_first_then_to_the_working_directory(
     assert resolve("../work/b", None, folders).samefile(work / "b")
 
 
+def test_a_slip_is_answered_with_the_folder_that_is_near(folders: tuple[Path, Path]) -> None:
+    configs, work = folders
+    (work / "llama-7b").mkdir()
+    for slip in ("lama-7b", "./llama-7"):
+        with pytest.raises(InputMissing) as caught:
+            resolve(slip, None, folders)
+        assert f"did you mean {work / 'llama-7b'}?" in str(caught.value.remedy)
+    with pytest.raises(InputMissing) as caught:
+        resolve("./mistral", None, (configs, configs / "." / "../configs", work))
+    assert caught.value.remedy == "check the path"
+    assert str(caught.value.found).count(str(configs / "mistral")) == 1
+
+
 def test_two_different_folders_are_refused(folders: tuple[Path, Path]) -> None:
     for folder in folders:
         (folder / "a").mkdir()

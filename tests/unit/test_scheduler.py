@@ -64,6 +64,10 @@ class FakeMerged:
     released: int = 0
     after: Mapping[str, str] = field(default_factory=dict)  # statistic -> one that it waits for
 
+    @property
+    def measured(self) -> TensorSpec:
+        return self.spec
+
     def start(
         self, state_bytes: int, values: Mapping[str, StatisticValue]
     ) -> dict[str, Fold | StatisticValue]:

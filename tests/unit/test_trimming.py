@@ -29,8 +29,9 @@ from tests.makers import write_safetensors
 def test_the_least_rank_is_found(strengths: list[float], beyond: float, share: float) -> None:
     """By trying all; `beyond` is the squared norm of what no column holds."""
     total = sum(strengths) + beyond
-    whole = Missed(total**0.5, beyond**0.5)
-    rank, left = least_rank(whole, np.array(strengths), share)
+    whole = Missed(len(strengths), total**0.5, beyond**0.5)
+    left = least_rank(whole, np.array(strengths), share)
+    rank = left.rank
     missed = [sum(strengths[r:]) + beyond for r in range(1, len(strengths) + 1)]
     assert left.missed**2 == pytest.approx(missed[rank - 1], rel=1e-9, abs=1e-12)
     assert left.update == whole.update
@@ -41,7 +42,7 @@ def test_the_least_rank_is_found(strengths: list[float], beyond: float, share: f
 
 
 def test_of_nothing_one_column_is_left() -> None:
-    assert least_rank(Missed(0.0, 0.0), np.zeros(4), 0.1) == (1, Missed(0.0, 0.0))
+    assert least_rank(Missed(4, 0.0, 0.0), np.zeros(4), 0.1) == Missed(1, 0.0, 0.0)
 
 
 SHAPES = {
