@@ -6,6 +6,7 @@ the sink's write; the receipt goes back to the one thread that keeps the record.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,8 @@ class Worker:
         if not self._keep_nan:
             self._spoils.refuse_model(item, norms)
         target = item.job.target
-        stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
+        nbytes = math.prod(rows.shape) * target.spec.dtype.itemsize
+        stored = scratch.array("output", (nbytes,), np.uint8)
         spoiled = narrow(rows, target.spec.dtype, stored)
         if spoiled:
             self._refuse(item, spoiled, not_finite(rows), scratch)

@@ -19,13 +19,13 @@ from streammerge.kernels import (
     casts,
     contributions,
     cpu,
-    drop,
     norms,
     product,
     prune,
     vote,
     weighted,
 )
+from streammerge.kernels.drop import drop, drop_by_rank
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, Cut
 from streammerge.memory import Scratch
 from streammerge.noise import Draws, key_of
