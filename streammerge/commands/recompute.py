@@ -105,7 +105,13 @@ def _hold(out: Path, plan: Plan, sample: Mapping[str, frozenset[int]]) -> None:
 def _plan(out: Path, lead: Lead) -> Plan:
     recipe, pickles = lead.config or out / RECIPE, lead.allow_pickle
     try:
-        return engine.plan(recipe, memory=lead.memory, spill="never", allow_pickle=pickles)
+        return engine.plan(
+            recipe,
+            memory=lead.memory,
+            device=_device(out),
+            spill="never",
+            allow_pickle=pickles,
+        )
     except StreammergeError as error:
         if lead.config is not None or error.exit_code != InputMissing.exit_code:
             raise
@@ -117,6 +123,12 @@ def _plan(out: Path, lead: Lead) -> Plan:
             remedy="run this in the folder that holds them, or name the recipe that leads to "
             "them with --config",
         ) from error
+
+
+def _device(out: Path) -> str:
+    """That of the kind which the output was made on, where it is here."""
+    kind = str(read_record(out).environment.get("device", "cpu"))
+    return "auto" if kind.startswith("cuda") else kind
 
 
 def _compare_identity(out: Path, record: Record, plan: Plan) -> tuple[str, ...]:

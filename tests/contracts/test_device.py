@@ -16,6 +16,8 @@ import pytest
 
 import streammerge as sm
 from streammerge import device, grid
+from streammerge.commands.recompute import Lead, recompute
+from streammerge.commands.verify import verify
 from streammerge.device import CPU, Device, Lanes, choose
 from streammerge.errors import ConfigError
 from streammerge.methods import CATALOGUE
@@ -89,6 +91,13 @@ def test_the_same_bytes_whatever_the_threads(name: str, tmp_path: Path) -> None:
         sm.merge(path, out=tmp_path / str(threads), memory=MEMORY, threads=threads, device=name)
         digests.add(digest(tmp_path / str(threads)))
     assert len(digests) == 1
+
+
+def test_it_is_recomputed_where_it_was_made(name: str, tmp_path: Path) -> None:
+    path, out = recipe(inputs(tmp_path, "ties", "adapters"), "ties"), tmp_path / "out"
+    sm.merge(path, out=out, memory=MEMORY, device=name)
+    found = recompute(verify(out), 50, Lead(path))
+    assert found.derived and found.derived > 10 and not found.notes
 
 
 def test_what_is_done_on_it_is_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
