@@ -29,6 +29,7 @@ FLOORS = (
         "sizes",
         "system",
         "manner",
+        "device",
     },
     {"storage"},
     {"kernels"},

@@ -1,4 +1,7 @@
-"""The array types, as method signatures and kernels name them. Importing this imports numpy."""
+"""The array types, as method signatures and kernels name them. Importing this imports numpy.
+
+On a CUDA device tensors of torch stand for them, with the same shapes and types; see `device`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Rows: TypeAlias = NDArray[np.float32]  # [rows, cols]
+Rows: TypeAlias = NDArray[np.float32]  # [rows, cols]; on a device, a torch tensor like it
 RawBytes: TypeAlias = NDArray[np.uint8]  # [bytes], as they lie in the file
 
 # What a method's first argument is; the annotation tells which. All are [models, rows, cols].

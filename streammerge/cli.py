@@ -373,7 +373,7 @@ def _override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 def _plan(recipe: Recipe, options: dict[str, Any], emit: Any, out: Path | None) -> Plan:
     from streammerge import engine
 
-    names = ("memory", "threads", "io", "spill", "cache", "keep_cache", "allow_pickle")
+    names = ("memory", "threads", "device", "io", "spill", "cache", "keep_cache", "allow_pickle")
     chosen = {name: options[name] for name in names}
     return engine.plan(recipe, out=out, emit=emit, **chosen)
 

@@ -94,6 +94,7 @@ class MethodSpec:
     nanoseconds: float = 0.0  # of an element of a model, beyond what methods cost in the mean
     reference: str = ""
     digest: str = ""  # sha256 of its file, where it is the user's own
+    on_torch: bool = False  # whether its function is one of torch tensors
     wants_base: bool = False  # whether it is handed the base's rows, as `base`
     # Says what is wrong with the per-model knobs that its parameters name, taken together.
     check: Callable[..., str | None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +15,14 @@ from threadpoolctl import threadpool_limits
 from streammerge import events, kernels, system
 from streammerge.building import build
 from streammerge.declarations import MethodSpec
+from streammerge.device import CPU, Device
 from streammerge.errors import ConfigError, OutputRefused, Problems
 from streammerge.manner import Manner
 from streammerge.memory import default_budget
 from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
+from streammerge.planning.on_device import device_for
 from streammerge.planning.spill import Mode, SpillOptions
 from streammerge.planning.tails import zero_tails
 from streammerge.publication import (
@@ -32,6 +35,7 @@ from streammerge.publication import (
 )
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
+from streammerge.resume import device_before
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
 from streammerge.storage.rundir import clear_state
@@ -46,6 +50,7 @@ def plan(
     *,
     memory: str | int | None = None,
     threads: int | None = None,
+    device: str = "auto",
     io: Io = "auto",
     spill: Mode = "auto",
     cache: str | Path | None = None,
@@ -59,25 +64,30 @@ def plan(
 
     `config` is the path of a recipe, or a recipe. `memory` bounds the peak resident memory of
     the process, as bytes or as text such as `2GiB`; without it, half of what is free. `threads`
-    defaults to the CPUs that the process may use. `spill` says whether rows that are wanted again
-    are kept on disk: in the folder `cache`, else beside the output `out`, and there for good with
-    `keep_cache`. `allow_pickle` reads tensors, and nothing else, from pickles of PyTorch where a
-    folder has no safetensors. Raises StreammergeError, `Refused` for several problems at once.
+    defaults to the CPUs that the process may use. `device` is "auto", "cpu", "cuda" or "cuda:N":
+    auto takes a CUDA device where torch finds one, and goes on with the kind that began. `spill`
+    says whether rows that are wanted again are kept on disk: in the folder `cache`, else beside the
+    output `out`, and there for good with `keep_cache`. `allow_pickle` reads tensors, and nothing
+    else, from pickles of PyTorch where a folder has no safetensors. Raises StreammergeError,
+    `Refused` for several problems at once.
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
     budget = parse_size(memory, "--memory") if isinstance(memory, str) else memory
-    warm_up(emit)
     made = None
     if recipe is not None:
+        options = _spill_options(recipe, config, out, spill, cache, keep=keep_cache)
+        chosen = _device(recipe, config, out, device, options, emit)
+        warm_up(emit, chosen)
         made = make_plan(
             recipe,
             problems,
             budget_bytes=budget or default_budget(),
             threads=threads or system.usable_cpus(),
             io=io,
-            spill=_spill_options(recipe, config, out, spill, cache, keep=keep_cache),
+            spill=options if chosen.on_host else replace(options, mode="never"),
             allow_pickle=allow_pickle,
+            device=chosen,
         )
     problems.raise_any()
     assert made is not None  # else there was a problem
@@ -94,6 +104,7 @@ def merge(
     out: str | Path | None = None,
     memory: str | int | None = None,
     threads: int | None = None,
+    device: str = "auto",
     io: Io = "auto",
     spill: Mode = "auto",
     cache: str | Path | None = None,
@@ -118,6 +129,7 @@ def merge(
         config,
         memory=memory,
         threads=threads,
+        device=device,
         io=io,
         spill=spill,
         cache=cache,
@@ -163,8 +175,25 @@ def _spill_options(
     return SpillOptions(mode, None if cache is None else Path(cache).expanduser(), beside, keep)
 
 
-def warm_up(emit: events.Emit = events.ignore) -> None:
+def _device(
+    recipe: Recipe,
+    config: str | Path | Recipe,
+    out: str | Path | None,
+    wanted: str,
+    spill: SpillOptions,
+    emit: events.Emit,
+) -> Device:
+    named = out is not None or recipe.output is not None or not isinstance(config, Recipe)
+    before = device_before(output_folder(recipe, config, out)) if named else None
+    device, note = device_for(recipe, wanted, spill, before)
+    if note is not None:
+        emit(events.Note(note))
+    return device
+
+
+def warm_up(emit: events.Emit = events.ignore, device: Device = CPU) -> None:
     """Load what a merge needs, so that the projection of its memory starts from the truth."""
+    device.warm_up()
     if kernels.will_compile():
         place = kernels.FOLDER or "nowhere: no place for them can be written"
         emit(events.Note(f"compiling kernels, once, some seconds; kept in {place}"))
@@ -182,7 +211,7 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
         emit(events.Note(note))
     refuse_overlap(plan, out)
     recipe_yaml = to_yaml(plan.recipe, portable=True)
-    identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
+    identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer, plan.device)
     changes = Changes(plan.inputs.models, plan.layouts, plan.changes())
     already = there_already(out, identity, manner)
     resumed = 0

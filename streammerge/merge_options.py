@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,12 @@ import click
 
 PICKLE_HELP = "Read tensors, and nothing else, from .bin files where there are no safetensors."
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    return value
 
 
 def recipe_options(command: _F) -> _F:
@@ -54,10 +61,11 @@ def recipe_options(command: _F) -> _F:
         ),
         click.option(
             "--device",
-            type=click.Choice(["auto", "cpu"]),
+            metavar="auto|cpu|cuda[:N]",
+            callback=_device,
             default="auto",
             show_default=True,
-            help="Where to compute.",
+            help="Where to compute; auto: on a CUDA device where torch is installed and finds one.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="Default: all usable CPUs."),
         click.option(

@@ -27,7 +27,7 @@ from streammerge.sinks.shards import ShardsSink
 from streammerge.statistics.saved import restored
 from streammerge.storage.durable import sync_folder
 from streammerge.storage.journal import VERSION, Journal, Line, read_lines
-from streammerge.storage.rundir import RunDirectory
+from streammerge.storage.rundir import JOURNAL, RunDirectory, state_folder
 from streammerge.storage.shard import is_begun
 
 _DISCARD = "--force discards it; or choose another --out"
@@ -65,6 +65,15 @@ class Survey:
         if receipt is None or line.start < self.anew.get(receipt.shard, 0):
             return None
         return None if any(a <= line.start < b for a, b in self.void) else receipt
+
+
+def device_before(out: Path) -> str | None:
+    """The kind of device with which an unfinished merge into `out` was begun, if there is one."""
+    journal = state_folder(out) / JOURNAL
+    first = next(read_lines(journal), None) if journal.is_file() else None
+    opening = first.record if first is not None else {}
+    device = opening.get("environment", {}).get("device")
+    return device if isinstance(device, str) else None
 
 
 def survey(path: Path) -> Survey | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from streammerge.arrays import PerModel, Rows
+from streammerge.arrays import PerModel
 from streammerge.errors import BadInput
 from streammerge.kernels.casts import not_finite
 from streammerge.memory import Scratch
@@ -37,9 +37,7 @@ class Spoils:
 
     def refuse_rows(self, item: Merge, count: int, scratch: Scratch) -> None:
         """The result has values that are not finite: look for them in the full models."""
-        rows: Rows = scratch.array(
-            "looked through", item.tile.shape(item.job.target.spec), np.float32
-        )
+        rows = scratch.rows("looked through", item.tile.shape(item.job.target.spec))
         for extent in self._stored(item.job.target.spec.name):
             Dense(self._files, extent).read(item.tile, rows, scratch)
             if held := not_finite(rows):

@@ -6,13 +6,14 @@ the sink's write; the receipt goes back to the one thread that keeps the record.
 
 from __future__ import annotations
 
-import threading
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from streammerge.arrays import RawBytes
+from streammerge.device import Lanes, too_small
 from streammerge.kernels.casts import narrow, not_finite
 from streammerge.memory import Scratch
 from streammerge.planning import Plan
@@ -43,28 +44,37 @@ class Worker:
         self._files = plan.files
         self._spoils = Spoils(plan.inputs, plan.files)
         self._sink = sink
-        self._local = threading.local()
+        self._device = plan.device
+        self._lanes = Lanes(plan.device, plan.flight.threads)
 
     def work(self, item: Item) -> Any:
         """Do one item; its result goes back to the scheduler and the record."""
-        if isinstance(item, Merge):
-            return self._merge(item)
-        if isinstance(item, Measure):
-            return self._measure(item)
         if isinstance(item, Finish):
             return {name: fold.finish() for name, fold in item.folds.items()}
-        return self._copy(item)
+        if isinstance(item, Copy):
+            return self._copy(item)
+        return self._computed(item)
 
-    def _measure(self, item: Measure) -> dict[str, Any]:
-        return item.job.merged.measure(item.folds, item.tile, item.index, self._scratch())
+    def _computed(self, item: Merge | Measure) -> Any:
+        """Once more where the device had no room for so many at once."""
+        while True:
+            most = self._lanes.most
+            try:
+                with self._lanes.one() as scratch:
+                    if isinstance(item, Merge):
+                        return self._merge(item, scratch)
+                    return item.job.merged.measure(item.folds, item.tile, item.index, scratch)
+            except self._device.out_of_memory as error:
+                if not self._lanes.fewer(most):
+                    raise too_small(self._device) from error
 
-    def _merge(self, item: Merge) -> Receipt:
-        scratch = self._scratch()
+    def _merge(self, item: Merge, scratch: Scratch) -> Receipt:
         rows, norms = item.job.merge(item.tile, item.index, item.values, scratch)
         if not self._keep_nan:
             self._spoils.refuse_model(item, norms)
         target = item.job.target
-        stored = scratch.array("output", (rows.size * target.spec.dtype.itemsize,), np.uint8)
+        nbytes = math.prod(rows.shape) * target.spec.dtype.itemsize
+        stored = scratch.array("output", (nbytes,), np.uint8)
         spoiled = narrow(rows, target.spec.dtype, stored)
         if spoiled:
             self._refuse(item, spoiled, not_finite(rows), scratch)
@@ -90,12 +100,6 @@ class Worker:
         origin = f"{Path(source.path).name} at {source.offset + item.start}"
         place = _place(item, item.start, item.length)
         return Receipt(*place, crc32c=None, copied_from=origin)
-
-    def _scratch(self) -> Scratch:
-        if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch()
-        scratch: Scratch = self._local.scratch
-        return scratch
 
 
 def _place(item: Merge | Copy, offset: int, nbytes: int) -> tuple[str, str, int, int, int, int]:

@@ -105,7 +105,13 @@ def _hold(out: Path, plan: Plan, sample: Mapping[str, frozenset[int]]) -> None:
 def _plan(out: Path, lead: Lead) -> Plan:
     recipe, pickles = lead.config or out / RECIPE, lead.allow_pickle
     try:
-        return engine.plan(recipe, memory=lead.memory, spill="never", allow_pickle=pickles)
+        return engine.plan(
+            recipe,
+            memory=lead.memory,
+            device=_device(out),
+            spill="never",
+            allow_pickle=pickles,
+        )
     except StreammergeError as error:
         if lead.config is not None or error.exit_code != InputMissing.exit_code:
             raise
@@ -119,10 +125,16 @@ def _plan(out: Path, lead: Lead) -> Plan:
         ) from error
 
 
+def _device(out: Path) -> str:
+    """That of the kind which the output was made on, where it is here."""
+    kind = str(read_record(out).environment.get("device", "cpu"))
+    return "auto" if kind.startswith("cuda") else kind
+
+
 def _compare_identity(out: Path, record: Record, plan: Plan) -> tuple[str, ...]:
     """Refuse other inputs or another recipe; returns notes where other libraries compute."""
     recipe_yaml = to_yaml(plan.recipe, portable=True)
-    now = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer)
+    now = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer, plan.device)
     found = differences(recorded_identity(out, record), now)
     if found.merge:
         raise BadInput(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from streammerge.arrays import RawBytes, Rows
+from streammerge.kernels.faces import two_faced
 from streammerge.memory import Scratch
 from streammerge.words import DType
 
@@ -20,6 +21,7 @@ CARRIER: dict[DType, type[np.generic]] = {
 }
 
 
+@two_faced(by=2)
 def widen(stored: RawBytes, dtype: DType, out: Rows) -> None:
     """Stored little-endian elements `[n * itemsize]` to float32 `[rows, cols]`, n = rows * cols."""
     elements = stored.view(CARRIER[dtype])
@@ -35,6 +37,7 @@ def widen(stored: RawBytes, dtype: DType, out: Rows) -> None:
         np.copyto(flat, elements)
 
 
+@two_faced()
 def narrow(rows: Rows, dtype: DType, out: RawBytes) -> int:
     """float32 `[rows, cols]` to stored elements; returns how many of those are not finite."""
     from streammerge.kernels import cpu
@@ -50,6 +53,7 @@ def narrow(rows: Rows, dtype: DType, out: RawBytes) -> int:
     return int(cpu.count_not_finite(flat))
 
 
+@two_faced()
 def not_finite(rows: Rows) -> int:
     """How many elements are NaN or infinite."""
     from streammerge.kernels import cpu

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.kernels.faces import two_faced
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from streammerge.arrays import Deltas, PerModel, Rows
 
 
+@two_faced()
 def variance(deltas: Deltas, models: int) -> Rows:
     """Population variance over `models` models, `[models there, rows, cols] -> [rows, cols]`.
 
@@ -24,6 +27,7 @@ def variance(deltas: Deltas, models: int) -> Rows:
     return out
 
 
+@two_faced()
 def zero_where_zero(deltas: Deltas, marks: Rows) -> Deltas:
     """Zero every model where the mark is zero, in place; returns `deltas`."""
     from streammerge.kernels import cpu_stack
@@ -32,6 +36,7 @@ def zero_where_zero(deltas: Deltas, marks: Rows) -> Deltas:
     return deltas
 
 
+@two_faced()
 def count_contributions(deltas: Deltas, epsilon: float) -> NDArray[np.float64]:
     """`[2, models]`: how many elements above epsilon are shared, and how many a model's alone."""
     from streammerge.kernels import cpu_stack
@@ -42,6 +47,7 @@ def count_contributions(deltas: Deltas, epsilon: float) -> NDArray[np.float64]:
     return counts.reshape(2, -1)
 
 
+@two_faced()
 def merge_contributions(deltas: Deltas, epsilon: float, alone: PerModel) -> Rows:
     """Per element the mean of the deltas whose magnitude is above epsilon.
 
@@ -56,6 +62,7 @@ def merge_contributions(deltas: Deltas, epsilon: float, alone: PerModel) -> Rows
     return merged
 
 
+@two_faced()
 def importance(delta: Rows, base: Rows) -> Rows:
     """|difference| times the Kullback-Leibler divergence of soft-maxed rows, `[rows, cols]`.
 
@@ -68,6 +75,7 @@ def importance(delta: Rows, base: Rows) -> Rows:
     return out
 
 
+@two_faced()
 def zero_below(delta: Rows, marks: Rows, least: float) -> Rows:
     """Zero the elements whose mark is under `least`, compared in float64; in place."""
     from streammerge.kernels import cpu_stack

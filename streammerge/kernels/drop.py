@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.kernels.faces import two_faced
 from streammerge.noise import limit_of
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from streammerge.noise import Draws
 
 
+@two_faced()
 def drop(deltas: Deltas, share: PerModel, random: Draws) -> Deltas:
     """Keep each element with the probability `share` of its model, in place; returns `deltas`.
 
@@ -27,6 +29,7 @@ def drop(deltas: Deltas, share: PerModel, random: Draws) -> Deltas:
     return deltas
 
 
+@two_faced()
 def drop_by_rank(
     deltas: Deltas, share: PerModel, spread: PerModel, random: Draws, *, divide: bool
 ) -> Deltas:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.kernels.faces import two_faced
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     Exact = NDArray[np.float64]
 
 
+@two_faced()
 def squares_of_columns(rows: Rows) -> Exact:
     """`[rows, cols]` to the float64 sum of squares of each column, `[cols]`, from top to bottom."""
     from streammerge.kernels import cpu
@@ -23,6 +26,7 @@ def squares_of_columns(rows: Rows) -> Exact:
     return sums
 
 
+@two_faced()
 def norms_of_rows(rows: Rows, added: Rows) -> Exact:
     """The float64 norm of each row of `float32(rows + added)`; both `[rows, cols]`."""
     from streammerge.kernels import cpu
@@ -32,6 +36,7 @@ def norms_of_rows(rows: Rows, added: Rows) -> Exact:
     return np.sqrt(squares)
 
 
+@two_faced()
 def rescale_rows(rows: Rows, change: Rows, factors: Exact) -> None:
     """`change = f (rows + change) - rows` in place, f being the row's factor, `factors` `[rows]`.
 
@@ -43,6 +48,7 @@ def rescale_rows(rows: Rows, change: Rows, factors: Exact) -> None:
     cpu.rescale_rows(rows, change, factors)
 
 
+@two_faced()
 def rescale_columns(rows: Rows, change: Rows, factors: Exact) -> None:
     """As `rescale_rows`, each column having its factor, `factors` `[cols]`."""
     from streammerge.kernels import cpu

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.kernels.faces import two_faced
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from streammerge.arrays import InnerProducts, PerModel, Rows
 
 
+@two_faced()
 def multiply(left: Rows, right: Rows, out: Rows) -> None:
     """`out = left @ right`: `[rows, rank] @ [rank, cols] -> [rows, cols]`."""
     np.matmul(left, right, out=out)
 
 
+@two_faced()
 def gram(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
     """`rows @ rows.T` in float64: `[rank, cols] -> [rank, rank]`, summed over blocks of columns."""
     total = np.zeros((len(rows), len(rows)))
@@ -31,6 +35,20 @@ def gram(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
     return total
 
 
+@two_faced()
+def products_along(rows: Rows, others: Rows, axis: int) -> PerModel:
+    """Inner products in float64: of each row with the other's for axis 1, of each column for 0."""
+    form = "rc,rc->r" if axis else "rc,rc->c"
+    return np.asarray(np.einsum(form, rows, others, dtype=np.float64), np.float64)
+
+
+@two_faced()
+def thinned(matrix: Rows, step: int) -> Rows:
+    """Every `step`-th column, side by side in memory."""
+    return np.ascontiguousarray(matrix[:, ::step])
+
+
+@two_faced()
 def squared_norms(
     left: Rows, right_grams: list[NDArray[np.float64]], scales: list[float]
 ) -> PerModel:

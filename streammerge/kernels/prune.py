@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streammerge.kernels.faces import two_faced
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -29,12 +31,14 @@ class Cut:
     quotas: tuple[int, ...]  # [models], equal magnitudes to keep in this tile, lowest index first
 
 
+@two_faced()
 def keys(rows: Rows, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
     """The keys of all elements, same shape."""
     found: NDArray[np.uint32] = np.bitwise_and(rows.view(np.uint32), ABOVE_ALL - 1, out=out)
     return found
 
 
+@two_faced()
 def count_and_collect(
     rows: Rows, low: int, high: int, scratch: Scratch
 ) -> tuple[int, NDArray[np.uint32]]:
@@ -48,6 +52,12 @@ def count_and_collect(
     return int(above), found[:inside]
 
 
+@two_faced()
+def count_nonzero(rows: Rows) -> int:
+    """How many elements are not zero."""
+    return int(np.count_nonzero(rows))
+
+
 def count_below(found: NDArray[np.uint32], key: int) -> int:
     """How many of some keys `[n]` are under a key."""
     from streammerge.kernels import cpu
@@ -55,6 +65,7 @@ def count_below(found: NDArray[np.uint32], key: int) -> int:
     return int(cpu.count_below(found, np.uint32(key)))
 
 
+@two_faced()
 def trim(deltas: Deltas, cut: Cut) -> Deltas:
     """Keep each model's largest magnitudes `[models, rows, cols]`, in place; returns `deltas`."""
     from streammerge.kernels import cpu
@@ -70,6 +81,7 @@ def trim(deltas: Deltas, cut: Cut) -> Deltas:
     return deltas
 
 
+@two_faced()
 def drop_largest(deltas: Deltas, cut: Cut) -> Deltas:
     """Zero what `trim` would keep, in place; returns `deltas`."""
     from streammerge.kernels import cpu

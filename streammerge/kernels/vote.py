@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from streammerge.kernels.faces import two_faced
+
 if TYPE_CHECKING:
     from streammerge.arrays import Deltas, PerModel, Rows
 
@@ -15,6 +17,7 @@ Vote = Literal["weighted", "unweighted", "count"]
 Divisor = Literal["none", "weights", "count"]
 
 
+@two_faced()
 def elect(
     deltas: Deltas,
     weight: PerModel,

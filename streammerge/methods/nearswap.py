@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import numpy as np
-
 from streammerge.arrays import Deltas, Rows
 from streammerge.declarations import Knob
+from streammerge.kernels.weighted import take_up_to
 from streammerge.methods.registry import method
 
 _LEAST = 1e-6
@@ -28,10 +27,4 @@ def nearswap(
     A difference of magnitude up to t is taken in full, a larger one as t in its direction. |d|
     counts as 1e-6 at least; with t below zero, nothing is taken.
     """
-    delta: Rows = deltas[0]
-    share = np.abs(delta)
-    np.maximum(share, np.float32(_LEAST), out=share)
-    np.divide(np.float32(t), share, out=share)
-    np.clip(share, 0, 1, out=share)
-    np.multiply(delta, share, out=delta)
-    return delta
+    return take_up_to(deltas[0], t, _LEAST)

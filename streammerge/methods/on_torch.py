@@ -19,22 +19,30 @@ def is_tensor(hint: Any) -> bool:
 
 
 def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Arrays in, an array out, by way of tensors; one torch thread, so that bits stay the same."""
+    """Arrays in, an array out, by way of tensors; one torch thread, so that bits stay the same.
+
+    Rows on a device are tensors already, and stay there; all else is brought to them.
+    """
 
     @functools.wraps(function)
     def called(stack: Any, **arguments: Any) -> Any:
         import torch
 
         torch.set_num_threads(1)
-        given = {name: _tensor(one) for name, one in arguments.items()}
+        rows = _tensor(stack)
+        place = rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")
+        given = {name: _tensor(one, place) for name, one in arguments.items()}
         with torch.no_grad():
-            found = function(_tensor(stack), **given)
-        return found.contiguous().numpy() if isinstance(found, torch.Tensor) else found
+            found = function(rows, **given)
+        if not isinstance(found, torch.Tensor):
+            return found
+        found = found.contiguous()
+        return found if isinstance(stack, torch.Tensor) else found.numpy()
 
     return called
 
 
-def _tensor(one: Any) -> Any:
+def _tensor(one: Any, place: Any = "cpu") -> Any:
     import torch
 
-    return torch.from_numpy(one) if isinstance(one, np.ndarray) else one
+    return torch.from_numpy(one).to(place) if isinstance(one, np.ndarray) else one

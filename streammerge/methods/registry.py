@@ -104,9 +104,11 @@ def _declare(function: Callable[..., Any]) -> MethodSpec:
         else:
             shared[name] = _of_type(declared, kind)
     space = _space(function, hints.get(first.name))
+    on_torch = is_tensor(hints.get(first.name))
     return MethodSpec(
         name=function.__name__,
-        function=on_arrays(function) if is_tensor(hints.get(first.name)) else function,
+        function=on_arrays(function) if on_torch else function,
+        on_torch=on_torch,
         space=space,
         returns=_returns(function, space, hints.get("return")),
         per_model=MappingProxyType(per_model),

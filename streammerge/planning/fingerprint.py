@@ -21,6 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from streammerge import __version__, grid
+from streammerge.device import CPU, Device
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.storage.checksum import checksum
 from streammerge.storage.donated import donated
@@ -56,6 +57,7 @@ def identify(
     layouts: Sequence[ShardLayout],
     recipe_yaml: str,
     tokenizer: Path | None = None,
+    device: Device = CPU,
 ) -> Identity:
     """Read the places that tell inputs apart: a MiB of each model, or of each 4 GiB of it."""
     found = {
@@ -65,7 +67,7 @@ def identify(
     }
     layout = {one.name: hashlib.sha256(one.header).hexdigest() for one in layouts}
     version = minor(__version__)
-    return Identity(recipe_yaml, found, layout, grid.TILE_ELEMENTS, environment(), version)
+    return Identity(recipe_yaml, found, layout, grid.TILE_ELEMENTS, environment(device), version)
 
 
 def minor(version: str) -> str:
@@ -73,11 +75,11 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def environment() -> dict[str, Any]:
+def environment(device: Device = CPU) -> dict[str, Any]:
     """What the last bit of the arithmetic depends on besides the inputs."""
     blas = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     return {
-        "device": "cpu",
+        "device": device.kind,
         "machine": platform.machine(),
         "numpy": np.__version__,
         "blas": sorted(f"{p['internal_api']} {p['version']} {p.get('architecture')}" for p in blas),

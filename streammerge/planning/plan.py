@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streammerge.device import CPU, Device
 from streammerge.errors import Problems
 from streammerge.planning.adapter_fit import Fitting
 from streammerge.planning.adapter_output import AdapterOutput, adapter_output
@@ -43,6 +44,7 @@ class Plan:
     layouts: tuple[ShardLayout, ...]
     adapter: AdapterOutput | None  # what is written instead of a model
     files: Files
+    device: Device
     chooser: Chooser
     store: SpillStore
     demand: Demand
@@ -127,6 +129,7 @@ class Plan:
                 for model, total in totals.items()
             ],
             "shards": len(self.layouts),
+            "device": self.device.name,
             "budget_bytes": self.budget_bytes,
             "projected_peak_bytes": self.flight.projected_bytes,
             "threads": self.flight.threads,
@@ -155,6 +158,7 @@ def make_plan(
     io: Io,
     spill: SpillOptions,
     allow_pickle: bool = False,
+    device: Device = CPU,
 ) -> Plan | None:
     """Open the inputs' headers, check them, and decide; None when there are problems.
 
@@ -205,6 +209,7 @@ def make_plan(
         layouts=layouts,
         adapter=adapter,
         files=files,
+        device=device,
         chooser=fit.chooser,
         store=store,
         demand=fit.demand,

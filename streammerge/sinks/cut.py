@@ -70,7 +70,7 @@ def row_squares(files: Files, stored: Extent) -> PerModel:
 
 
 def _widened(files: Files, stored: Extent, tile: Tile, scratch: Scratch) -> Rows:
-    rows: Rows = scratch.array("widened", tile.shape(stored.spec), np.float32)
+    rows = scratch.rows("widened", tile.shape(stored.spec))
     with files.tile(stored, tile, scratch) as held:
         widen(held, stored.spec.dtype, rows)
     return rows

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-
 from streammerge.arrays import Rows
+from streammerge.kernels.weighted import add, subtract
 from streammerge.memory import Scratch
 from streammerge.words import Factors, OwnStatistic, Source, TensorSpec, Terms, Tile
 
@@ -83,7 +82,7 @@ class Adapted:
     def read(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
         own = self._read_own(tile, scratch)
         self._change.rows(tile, own, out, scratch)
-        np.add(out, own, out=out)
+        add(out, own, out)
 
     def delta(self, tile: Tile, base_rows: Rows | None, out: Rows, scratch: Scratch) -> None:
         if self._on_base:
@@ -92,11 +91,11 @@ class Adapted:
         assert base_rows is not None, "its delta needs the base's rows"
         own = self._read_own(tile, scratch)
         self._change.rows(tile, own, out, scratch)
-        np.subtract(own, base_rows, out=own)
-        np.add(out, own, out=out)
+        subtract(own, base_rows, own)
+        add(out, own, out)
 
     def _read_own(self, tile: Tile, scratch: Scratch) -> Rows:
-        own: Rows = scratch.array("adapted", tile.shape(self.spec), np.float32)
+        own = scratch.rows("adapted", tile.shape(self.spec))
         self._rows.read(tile, own, scratch)
         return own
 

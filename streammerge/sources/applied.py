@@ -10,7 +10,8 @@ import numpy as np
 from streammerge.arrays import PerModel, Rows
 from streammerge.declarations import Knobs, MethodSpec
 from streammerge.errors import MethodError
-from streammerge.kernels.weighted import sum_of_squares
+from streammerge.kernels.faces import on_host
+from streammerge.kernels.weighted import add, sum_of_squares
 from streammerge.memory import Scratch
 from streammerge.sources.needs import Needs
 from streammerge.sources.stack import Stack
@@ -81,12 +82,12 @@ class Applied:
             arguments["base"] = stack.base()
         merged = self._checked(self._method.function(deltas, **arguments), shape)
         if self._base is not None and not self._update_only:
-            np.add(stack.base(), merged, out=merged)
+            add(stack.base(), merged, merged)
         return merged, norms
 
     def _checked(self, merged: Rows, shape: tuple[int, ...]) -> Rows:
-        found = np.asarray(merged)
-        if found.dtype == np.float32 and found.shape == shape:
+        found = np.asarray(merged) if on_host(merged) else merged
+        if str(found.dtype).removeprefix("torch.") == "float32" and found.shape == shape:
             return merged
         raise MethodError(
             f"the merge method {self._method.name} returns something else than rows",

@@ -95,12 +95,12 @@ class Combined:
             if self._found is None:
                 self._found = self.coefficients(values)
         factors = [self._found.models[model] for model in self._knobs.touching]
-        out: Rows = scratch.array("merged", tile.shape(self._spec), np.float32)
+        out = scratch.rows("merged", tile.shape(self._spec))
         norms = np.full(1 + len(factors), np.nan)
         if self._base is None:
             self._models.add_up(tile, factors, None, out, scratch)
             return out, norms
-        base: Rows = scratch.array("base", out.shape, np.float32)
+        base = scratch.rows("base", out.shape)
         self._base.read(tile, base, scratch)
         norms[0] = sum_of_squares(base)
         norms[1:] = self._models.add_up(tile, factors, base, out, scratch)

@@ -113,7 +113,7 @@ def _left_blocks(product: Product, rows: int) -> Iterator[Core]:
 
 
 def _right_blocks(product: Product) -> Iterator[Core]:
-    right = product.right()
+    right = product.right(Scratch())
     for start in range(0, right.shape[1], BLOCK):
         block = right[:, start : start + BLOCK].T.astype(np.float64)
         _refuse_not_finite(block, {pair.right: pair.rank for pair in product.factors})

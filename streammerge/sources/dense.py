@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from streammerge.arrays import Rows
 from streammerge.kernels.casts import widen
+from streammerge.kernels.weighted import subtract
 from streammerge.memory import Scratch
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent, OwnStatistic, TensorSpec, Terms, Tile
@@ -36,7 +35,7 @@ class Dense:
         if base_rows is None:
             raise ValueError("a full model's delta needs the base's rows")
         self.read(tile, out, scratch)
-        np.subtract(out, base_rows, out=out)
+        subtract(out, base_rows, out)
 
     def terms(self) -> Terms:
         return Terms(self)

@@ -73,9 +73,9 @@ class DoraOfRows:
         norms = []
         for band in self._bands(tile):
             shape = band.shape(self._own.spec)
-            own: Rows = scratch.array("whole rows", shape, np.float32)
+            own = scratch.rows("whole rows", shape)
             self._own.read(band, own, scratch)
-            added: Rows = scratch.array("added to whole rows", shape, np.float32)
+            added = scratch.rows("added to whole rows", shape)
             self._product.rows(band, own, added, scratch)
             norms.append(norms_of_rows(own, added))
         return np.concatenate(norms)

@@ -33,9 +33,9 @@ class Added:
 
     def rows(self, tile: Tile, scratch: Scratch) -> tuple[Rows, PerModel]:
         left, norms = self._pair.left(tile, scratch)
-        merged: Rows = scratch.array("merged", tile.shape(self.spec), np.float32)
+        merged = scratch.rows("merged", tile.shape(self.spec))
         multiply(left, self._pair.right(), merged)
-        base: Rows = scratch.array("base", merged.shape, np.float32)
+        base = scratch.rows("base", merged.shape)
         self._base.read(tile, base, scratch)
         squared = sum_of_squares(base)
         np.add(base, merged, out=merged)

@@ -10,7 +10,9 @@ import numpy as np
 
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.casts import widen
-from streammerge.kernels.product import gram, multiply, squared_norms
+from streammerge.kernels.faces import to_host
+from streammerge.kernels.product import gram, multiply, squared_norms, thinned
+from streammerge.kernels.weighted import multiply_by
 from streammerge.memory import Scratch
 from streammerge.sources.vector import read_vector
 from streammerge.storage.bytesource import Files
@@ -89,7 +91,7 @@ class Product:
     def rows(self, tile: Tile, own: Rows | None, out: Rows, scratch: Scratch) -> None:
         """The summed update of a tile, `[rows, cols]`, whatever rows it is added to."""
         left = self.left(tile, scratch)
-        self._multiply(tile, left, out)
+        self._multiply(tile, left, out, scratch)
 
     def rows_and_norms(
         self, tile: Tile, out: Rows, scratch: Scratch, weights: Sequence[float] | None = None
@@ -99,14 +101,14 @@ class Product:
         `weights` stand in for those that the product was made with.
         """
         left = self.left(tile, scratch)
-        norms = self.norms(left)
-        self._multiply(tile, left, out, weights)
+        norms = self.norms(left, scratch)
+        self._multiply(tile, left, out, scratch, weights)
         return norms
 
-    def norms(self, left: Rows) -> PerModel:
+    def norms(self, left: Rows, scratch: Scratch) -> PerModel:
         """Squared norms of each `scale_i * left_i @ right_i` over rows of the left factors."""
         if not self._grams:
-            self._grams = self._right_grams(self.right())
+            self._grams = self._right_grams(self.right(scratch))
         return squared_norms(left, self._grams, [pair.scale for pair in self.factors])
 
     def gram(self, tile: Tile, scratch: Scratch) -> NDArray[np.float64]:
@@ -115,13 +117,13 @@ class Product:
         In float64: `<l_i r_i, l_j r_j>` is the sum of `(l_i.T l_j) * (r_i r_j.T)`, so no product
         of the tile's size is formed.
         """
-        right = self.right()
+        right = self.right(scratch)
         left = self.left(tile, scratch)
         with self._lock:
             if self._right_gram is None:
                 self._right_gram = gram(right)
         wide: NDArray[np.float64] = scratch.array("left of gram", left.shape, np.float64)
-        wide[...] = left
+        wide[...] = to_host(left)
         small: NDArray[np.float64] = scratch.array("gram", (self.rank,) * 2, np.float64)
         np.matmul(wide.T, wide, out=small)
         small *= self._right_gram
@@ -148,22 +150,27 @@ class Product:
             self._right_gram = None
 
     def _multiply(
-        self, tile: Tile, left: Rows, out: Rows, weights: Sequence[float] | None = None
+        self,
+        tile: Tile,
+        left: Rows,
+        out: Rows,
+        scratch: Scratch,
+        weights: Sequence[float] | None = None,
     ) -> None:
         """Scales `left` in place, then multiplies."""
         start = 0
         for pair, weight in zip(self.factors, weights or self._weights, strict=True):
             left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
             start += pair.rank
-        right = self.right()
+        right = self.right(scratch)
         if tile.col_step > 1:
-            right = np.ascontiguousarray(right[:, :: tile.col_step])
+            right = thinned(right, tile.col_step)
         multiply(left, right, out)
 
     def left(self, tile: Tile, scratch: Scratch) -> Rows:
         """The tile's rows of the left factors side by side, unscaled: `[rows, sum of ranks]`."""
         rows = range(tile.start, tile.stop, tile.row_step)
-        left: Rows = scratch.array("left", (len(rows), self.rank), np.float32)
+        left = scratch.rows("left", (len(rows), self.rank))
         start = 0
         for pair in self.factors:
             block = left[:, start : start + pair.rank]
@@ -171,18 +178,21 @@ class Product:
             start += pair.rank
         return left
 
-    def right(self) -> Rows:
+    def right(self, scratch: Scratch) -> Rows:
         """The right factors under each other: `[sum of ranks, cols]`."""
         with self._lock:
             if self._right is None:
-                right: Rows = np.empty((self.rank, self._cols), np.float32)
-                start, own = 0, Scratch()  # not the worker's: this is used once per tensor
+                own = scratch.fresh()  # not the worker's: this is used once per tensor
+                right = own.rows("right", (self.rank, self._cols))
+                start = 0
                 for pair in self.factors:
                     block = right[start : start + pair.rank]
                     self._read(pair.right, range(pair.rank), block, own)
                     if pair.values is not None:
-                        block *= read_vector(self._files, pair.values)[:, np.newaxis]
+                        values = read_vector(self._files, pair.values).astype(np.float64)
+                        multiply_by(block, values[:, np.newaxis])
                     start += pair.rank
+                own.settle()
                 self._right = right
             return self._right
 
@@ -203,7 +213,7 @@ class Product:
             self._read_columns(matrix, rows, stored, scratch)
         else:
             self._files.block(matrix.extent, rows, range(matrix.cols), stored)
-        wide: Rows = scratch.array("factor", shape, np.float32)
+        wide = scratch.rows("factor", shape)
         widen(stored, spec.dtype, wide)
         out[...] = wide.T if matrix.transposed else wide
 

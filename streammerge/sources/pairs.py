@@ -70,7 +70,7 @@ class Stacked:
 
     def left(self, tile: Tile, scratch: Scratch) -> tuple[Rows, PerModel]:
         left = self._product.left(tile, scratch)
-        norms = self._updates.by_model(self._product.norms(left))
+        norms = self._updates.by_model(self._product.norms(left, scratch))
         start = 0
         for pair, weight in zip(self._product.factors, self._weights, strict=True):
             left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
@@ -78,7 +78,7 @@ class Stacked:
         return left, norms
 
     def right(self) -> Rows:
-        return self._product.right()
+        return self._product.right(Scratch())
 
     @property
     def resident_bytes(self) -> int:
@@ -142,12 +142,12 @@ class Mixed:
     def left(self, tile: Tile, scratch: Scratch) -> tuple[Rows, PerModel]:
         found = self._find()
         stored = self._product.left(tile, scratch)
-        norms = self._updates.by_model(self._product.norms(stored))
+        norms = self._updates.by_model(self._product.norms(stored, scratch))
         wide: Core = scratch.array("left in float64", stored.shape, np.float64)
         wide[...] = stored
         exact: Core = scratch.array("mixed in float64", (len(wide), self.rank), np.float64)
         np.matmul(wide, found.mix, out=exact)
-        mixed: Rows = scratch.array("mixed", exact.shape, np.float32)
+        mixed = scratch.rows("mixed", exact.shape)
         mixed[...] = exact
         if self._cut is None:
             return mixed, norms
@@ -170,7 +170,8 @@ class Mixed:
         before, after = self._split(merged)
         right: Rows = np.zeros((self.rank, self._updates.cols), np.float32)
         in_basis, gram = np.zeros((len(after.T), self.rank)), np.zeros((self.rank, self.rank))
-        stored, scratch = self._product.right(), Scratch()
+        scratch = Scratch()
+        stored = self._product.right(scratch)
         for start in range(0, self._updates.cols, BLOCK):
             basis = space.to_right.T @ stored[:, start : start + BLOCK]
             block: Rows = np.zeros((self.rank, basis.shape[1]), np.float32)

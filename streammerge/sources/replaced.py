@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from streammerge.arrays import Rows
 from streammerge.kernels.casts import widen
+from streammerge.kernels.weighted import copy, subtract
 from streammerge.memory import Scratch
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent, OwnStatistic, Source, TensorSpec, Terms, Tile
@@ -63,16 +64,16 @@ class Replaced:
         if base_rows is None:
             raise ValueError("what replaces rows of the base is compared with them")
         if self._on_base:
-            np.copyto(out, base_rows)
+            copy(base_rows, out)
             self._replace(tile, out, scratch)
         else:
             self.read(tile, out, scratch)
-        np.subtract(out, base_rows, out=out)
+        subtract(out, base_rows, out)
 
     def _replace(self, tile: Tile, out: Rows, scratch: Scratch) -> None:
         spec = self._replacement.spec
         stored = scratch.array("replacing", (spec.cols * spec.dtype.itemsize,), np.uint8)
-        row: Rows = scratch.array("replacing row", (1, spec.cols), np.float32)
+        row = scratch.rows("replacing row", (1, spec.cols))
         for place, index in self._inside(tile):
             self._files.block(self._replacement, range(index, index + 1), range(spec.cols), stored)
             widen(stored, spec.dtype, row)

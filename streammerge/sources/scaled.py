@@ -26,7 +26,7 @@ class Scaled:
 
     def rows(self, tile: Tile, own: Rows | None, out: Rows, scratch: Scratch) -> None:
         self._stored.read(tile, out, scratch)
-        np.multiply(out, self._scale, out=out)
+        out *= self._scale
 
     def read_bytes(self, tile: Tile) -> int:
         return self._stored.read_bytes(tile)

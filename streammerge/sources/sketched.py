@@ -170,7 +170,7 @@ class _Collected:
         mine = rows @ self._directions.T
         round_to(mine, self._dtype, scratch)
         squared = sum_of_squares(rows)
-        near: Rows = scratch.array("near", rows.shape, np.float32)
+        near = scratch.rows("near", rows.shape)
         np.matmul(mine, self._directions, out=near)
         np.subtract(rows, near, out=near)
         return mine, np.array((squared, sum_of_squares(near)))
@@ -230,7 +230,7 @@ class Sketched:
     ) -> tuple[Rows, PerModel]:
         """Rows of the factor; the norms of the whole update come with the first of B."""
         held = self._sketch.factor(self._which, values)
-        rows: Rows = scratch.array("factor", (tile.stop - tile.start, held.shape[1]), np.float32)
+        rows = scratch.rows("factor", (tile.stop - tile.start, held.shape[1]))
         rows[...] = held[tile.start : tile.stop]
         if self._which == "A":
             return rows, np.array([np.nan])

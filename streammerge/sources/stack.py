@@ -47,13 +47,13 @@ class Stack:
         """The base's rows, read once."""
         if self._base_rows is None:
             assert self._base is not None
-            self._base_rows = self._scratch.array("base", self._shape, np.float32)
+            self._base_rows = self._scratch.rows("base", self._shape)
             self._base.read(self._tile, self._base_rows, self._scratch)
         return self._base_rows
 
     def one(self, model: int) -> Rows:
         if self._kept is None:
-            out: Rows = self._scratch.array("rows", self._shape, np.float32)
+            out: Rows = self._scratch.rows("rows", self._shape)
             self._fill(model, out)
             return out
         if model not in self._kept:
@@ -74,7 +74,7 @@ class Stack:
 
     def _buffers(self) -> Deltas:
         shape = (len(self._models), *self._shape)
-        stack: Deltas = self._scratch.array("deltas", shape, np.float32)
+        stack: Deltas = self._scratch.rows("deltas", shape)
         return stack
 
     def _fill(self, model: int, out: Rows) -> None:

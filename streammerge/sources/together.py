@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from streammerge.arrays import Factor, PerModel, Rows
-from streammerge.kernels.weighted import add_scaled, sum_of_squares
+from streammerge.kernels.weighted import (
+    add,
+    add_scaled,
+    fill,
+    multiply_by,
+    sum_of_squares,
+)
 from streammerge.memory import Scratch
 from streammerge.sources.low_rank import Product
 from streammerge.sources.stack import Stack
@@ -77,10 +83,10 @@ class ByRows:
     def add_up(
         self, tile: Tile, factors: Sequence[Factor], base: Rows | None, out: Rows, scratch: Scratch
     ) -> PerModel:
-        out.fill(0)
+        fill(out, 0.0)
         norms = []
         for source, factor in zip(self._models, factors, strict=True):
-            rows: Rows = scratch.array("rows", out.shape, np.float32)
+            rows = scratch.rows("rows", out.shape)
             if self._base is None:
                 source.read(tile, rows, scratch)
             else:
@@ -113,8 +119,8 @@ def add_times(out: Rows, factor: Factor, rows: Rows, tile: Tile) -> None:
         add_scaled(out, factor, rows)
         return
     here = factor if len(factor) == 1 else factor[tile.start : tile.stop]
-    np.multiply(rows, here.astype(np.float32), out=rows)
-    np.add(out, rows, out=out)
+    multiply_by(rows, here)
+    add(out, rows, out)
 
 
 def tiles_held(models: int) -> int:

@@ -13,7 +13,9 @@ import numpy as np
 
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.weighted import (
+    add,
     add_scaled,
+    fill,
     sum_of_squared_differences,
     sum_of_squares,
 )
@@ -127,13 +129,13 @@ class WeightedSum:
         self, tile: Tile, index: int, values: Mapping[str, StatisticValue], scratch: Scratch
     ) -> tuple[Rows, PerModel]:
         shape = tile.shape(self._spec)
-        out: Rows = scratch.array("merged", shape, np.float32)
+        out = scratch.rows("merged", shape)
         norms = np.full(1 + self._models, np.nan)
         if self._product:
             of_factors = self._product.rows_and_norms(tile, out, scratch)
             norms[1:] = np.bincount(self._factor_models, of_factors, self._models)
         else:
-            out.fill(-0.0)  # what adds nothing: 0.0 would turn an element that is -0.0 into 0.0
+            fill(out, -0.0)  # what adds nothing: 0.0 would turn an element that is -0.0 into 0.0
         base = self._read_base(tile, scratch)
         if base is not None:
             norms[0] = sum_of_squares(base)
@@ -144,7 +146,7 @@ class WeightedSum:
                 norms[[1 + model for model in models]] = squared
         if self._on_deltas:
             assert base is not None
-            np.add(base, out, out=out)
+            add(base, out, out)
         return out, norms
 
     def _read(
@@ -153,7 +155,7 @@ class WeightedSum:
         """The rows that enter the sum, and the squared norm of what they change about the base."""
         if base is not None and source is self._base:
             return base, 0.0
-        rows: Rows = scratch.array("rows", tile.shape(self._spec), np.float32)
+        rows = scratch.rows("rows", tile.shape(self._spec))
         if self._on_deltas:
             source.delta(tile, base, rows, scratch)
             return rows, sum_of_squares(rows)
@@ -163,7 +165,7 @@ class WeightedSum:
     def _read_base(self, tile: Tile, scratch: Scratch) -> Rows | None:
         if self._base is None or not self._reads_base:
             return None
-        rows: Rows = scratch.array("base", tile.shape(self._spec), np.float32)
+        rows = scratch.rows("base", tile.shape(self._spec))
         self._base.read(tile, rows, scratch)
         return rows
 

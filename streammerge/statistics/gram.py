@@ -15,7 +15,7 @@ import numpy as np
 
 from streammerge import grid
 from streammerge.declarations import Declared, Knobs
-from streammerge.kernels.product import gram
+from streammerge.kernels.product import gram, products_along
 from streammerge.memory import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import check_names, of_shared
@@ -136,10 +136,10 @@ class _Products:
 
 def _by_vector(rows: Sequence[Rows], over: Over) -> InnerProducts:
     """`[rows, 1, n, n]` or `[1, cols, n, n]`."""
-    form, axis = ("rc,rc->r", 1) if over == "each row" else ("rc,rc->c", 0)
+    axis = int(over == "each row")
     length = rows[0].shape[1 - axis]
     found = np.empty((length, len(rows), len(rows)))
     for i, j in combinations_with_replacement(range(len(rows)), 2):
-        found[:, i, j] = np.einsum(form, rows[i], rows[j], dtype=np.float64)
+        found[:, i, j] = products_along(rows[i], rows[j], axis)
         found[:, j, i] = found[:, i, j]
     return np.expand_dims(found, axis)

@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, Cut, count_below, keys
+from streammerge.kernels.prune import (
+    ABOVE_ALL,
+    KEEP_ALL_EQUAL,
+    Cut,
+    count_below,
+    count_nonzero,
+    keys,
+)
 from streammerge.memory import Scratch
 from streammerge.statistics import tally
 from streammerge.statistics.tally import Bracket, Part, Tally, collect
@@ -259,7 +266,7 @@ class Counting:
         part = collect(rows, bracket, scratch)
         if self._subject.recount is None:
             return part
-        return replace(part, nonzero=int(np.count_nonzero(rows)))
+        return replace(part, nonzero=count_nonzero(rows))
 
     def absorb(self, tile_index: int, part: dict[int, Part]) -> None:
         for slot, one in self._tallies.items():

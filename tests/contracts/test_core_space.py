@@ -148,7 +148,7 @@ def test_the_bases_are_orthonormal_and_nothing_is_lost(
     product, scratch = Product(made.files, made.updates.factors), Scratch()
     space = core_space(product, made.updates)
     u = product.left(Tile(0, 12), scratch).astype(np.float64) @ space.to_left
-    vt = space.to_right.T @ product.right()
+    vt = space.to_right.T @ product.right(Scratch())
     np.testing.assert_allclose(u.T @ u, np.eye(u.shape[1]), atol=1e-6)
     np.testing.assert_allclose(vt @ vt.T, np.eye(len(vt)), atol=1e-6)
     size = max(np.abs(delta).max() for delta in made.deltas)
@@ -209,7 +209,7 @@ def test_a_method_that_prunes_does_so_in_the_core(tmp_path: Path) -> None:
     core = space.cores[0]
     kept = np.where(np.abs(core) >= np.sort(np.abs(core).ravel())[8], core, 0)
     u = product.left(Tile(0, ROWS), Scratch()).astype(np.float64) @ space.to_left
-    assert_near(product_of(pair), u @ kept @ space.to_right.T @ product.right())
+    assert_near(product_of(pair), u @ kept @ space.to_right.T @ product.right(Scratch()))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
