@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -316,4 +317,4 @@ def test_the_merge_itself_never_imports_torch(inputs: Path, tmp_path: Path) -> N
         "allow_pickle=True)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run(["python", "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -38,5 +38,6 @@ def to_host(rows: Any) -> Any:
 
 
 def on_host(rows: Any) -> bool:
-    """Whether it is an array, or a list of arrays, that numpy works on."""
-    return isinstance(rows[0] if isinstance(rows, list | tuple) else rows, np.ndarray)
+    """Whether it is no tensor, nor a list of tensors."""
+    one = rows[0] if isinstance(rows, list | tuple) else rows
+    return isinstance(one, np.ndarray) or type(one).__module__.partition(".")[0] != "torch"
