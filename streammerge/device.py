@@ -39,9 +39,14 @@ class Device:
         return self.name == "cpu"
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether rows have a memory, and copies and kernels a stream, of their own."""
+        return self.name.startswith("cuda")
+
+    @property
     def kind(self) -> str:
         """As in the fingerprint: the model of a GPU, not its number."""
-        if not self.name.startswith("cuda"):
+        if not self.on_cuda:
             return self.name
         import torch
 
@@ -76,22 +81,17 @@ class Device:
     def torch_name(self) -> str:
         return "cpu" if self.name == "torch-cpu" else self.name
 
-    def free_bytes(self) -> int | None:
-        """Memory of the device that nobody uses; None where that is the host's."""
-        if not self.name.startswith("cuda"):
-            return None
-        import torch
-
-        return int(torch.cuda.mem_get_info(self.name)[0])
-
 
 CPU = Device()
 
 
-def choose(wanted: str, *, before: str | None = None) -> tuple[Device, str | None]:
+def choose(
+    wanted: str, *, before: str | None = None, unfit: str | None = None
+) -> tuple[Device, str | None]:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`, and what the user should know of it.
 
-    `before` is the kind with which the merge was begun, which `auto` then means. Raises ConfigError
+    `before` is the kind with which the merge was begun, which `auto` then means; `unfit` is why the
+    merge cannot be done on a device, for which `auto` does not even ask torch. Raises ConfigError
     where a device that is asked for cannot be used.
     """
     if wanted in ("cpu", "torch-cpu"):
@@ -102,6 +102,8 @@ def choose(wanted: str, *, before: str | None = None) -> tuple[Device, str | Non
         return CPU, None
     if not _driver_there():
         return CPU, None
+    if unfit is not None:
+        return CPU, f"the CUDA device is not used: {unfit}"
     if importlib.util.find_spec("torch") is None:
         return CPU, "a CUDA device is here, but not used: `pip install 'streammerge[gpu]'`"
     try:
@@ -158,7 +160,7 @@ class DeviceScratch(Scratch):
         self._stream: Any = None
 
     def _new(self, nbytes: int) -> NDArray[np.uint8]:
-        if not self._device.name.startswith("cuda"):
+        if not self._device.on_cuda:
             return super()._new(nbytes)
         import torch
 
@@ -178,16 +180,16 @@ class DeviceScratch(Scratch):
         return rows  # type: ignore[no-any-return]  # a tensor stands for an array: see `Rows`
 
     def fresh(self) -> Scratch:
-        return DeviceScratch(self._device)
+        return self._device.scratch()
 
     def settle(self) -> None:
-        if self._device.name.startswith("cuda"):
+        if self._device.on_cuda:
             import torch
 
             torch.cuda.current_stream(self._device.name).synchronize()
 
     def active(self) -> AbstractContextManager[Any]:
-        if not self._device.name.startswith("cuda"):
+        if not self._device.on_cuda:
             return nullcontext()
         import torch
 

@@ -154,6 +154,14 @@ def output_folder(recipe: Recipe, config: str | Path | Recipe, out: str | Path |
     return Path(Path(config).stem)
 
 
+def _known_output(
+    recipe: Recipe, config: str | Path | Recipe, out: str | Path | None
+) -> Path | None:
+    """As `output_folder`; None for a mere plan that names none."""
+    named = out is not None or recipe.output is not None or not isinstance(config, Recipe)
+    return output_folder(recipe, config, out) if named else None
+
+
 def _spill_options(
     recipe: Recipe,
     config: str | Path | Recipe,
@@ -170,8 +178,8 @@ def _spill_options(
             found="keep_cache without a cache",
             remedy="name a --cache for what --keep-cache is to keep",
         )
-    named = out is not None or recipe.output is not None or not isinstance(config, Recipe)
-    beside = output_folder(recipe, config, out).absolute().parent if named else Path()
+    output = _known_output(recipe, config, out)
+    beside = output.absolute().parent if output is not None else Path()
     return SpillOptions(mode, None if cache is None else Path(cache).expanduser(), beside, keep)
 
 
@@ -183,8 +191,8 @@ def _device(
     spill: SpillOptions,
     emit: events.Emit,
 ) -> Device:
-    named = out is not None or recipe.output is not None or not isinstance(config, Recipe)
-    before = device_before(output_folder(recipe, config, out)) if named else None
+    output = _known_output(recipe, config, out)
+    before = device_before(output) if output is not None else None
     device, note = device_for(recipe, wanted, spill, before)
     if note is not None:
         emit(events.Note(note))

@@ -134,6 +134,7 @@ def read_config(
 # ---------------------------------------------------------------------------------------- fields
 
 
+_COUNT = "a positive whole number below 2^31"
 _MOST = 2**31  # of a rank: no tensor has so many rows, and a float holds it
 
 
@@ -187,20 +188,17 @@ class _Fields:
         self._problems = problems
 
     def config(self) -> LoraConfig:
-        count, number = (
-            "a positive whole number below 2^31",
-            "a number, finite and of sensible size",
-        )
+        number = "a number, finite and of sensible size"
         kind = self._raw["peft_type"]
         adalora = self._adalora() if kind == "ADALORA" else None
         tokens = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
         return LoraConfig(
-            r=self._take("r", 8, _is_count, count),
+            r=self._take("r", 8, _is_count, _COUNT),
             alpha=self._take("lora_alpha", 8.0, _is_number, number),
             use_rslora=self._take("use_rslora", False, _is_flag, "true or false"),
             rank_pattern=Patterns()
             if adalora
-            else self._patterns("rank_pattern", _is_count, count),
+            else self._patterns("rank_pattern", _is_count, _COUNT),
             alpha_pattern=self._patterns("alpha_pattern", _is_number, number),
             fan_in_fan_out=self._take("fan_in_fan_out", False, _is_flag, "true or false"),
             use_dora=self._take("use_dora", False, _is_flag, "true or false"),
@@ -229,7 +227,7 @@ class _Fields:
             "names of lora_E, each with a list of true or false",
         )
         return AdaLora(
-            init_r=self._take("init_r", 12, _is_count, "a positive whole number below 2^31"),
+            init_r=self._take("init_r", 12, _is_count, _COUNT),
             ranks={key.partition(".lora_E")[0]: sum(flags) for key, flags in kept.items()},
         )
 

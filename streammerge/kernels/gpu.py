@@ -211,9 +211,7 @@ def trim(deltas: Tensor, cut: Cut) -> Tensor:
         if threshold == 0:
             continue
         flat = delta.view(-1)
-        kept = _above(_keys(flat), threshold)
-        kept |= _first_equals(_keys(flat), threshold, quota)
-        flat.masked_fill_(~kept, 0)
+        flat.masked_fill_(~_largest(_keys(flat), threshold, quota), 0)
     return deltas
 
 
@@ -221,21 +219,18 @@ def drop_largest(deltas: Tensor, cut: Cut) -> Tensor:
     for delta, threshold, quota in zip(deltas, cut.thresholds, cut.quotas, strict=True):
         if threshold < ABOVE_ALL:
             flat = delta.view(-1)
-            found = _keys(flat)
-            flat.masked_fill_(_above(found, threshold) | _first_equals(found, threshold, quota), 0)
+            flat.masked_fill_(_largest(_keys(flat), threshold, quota), 0)
     return deltas
 
 
-def _above(found: Tensor, threshold: int) -> Tensor:
-    return found > threshold if threshold < ABOVE_ALL else torch.zeros_like(found, dtype=torch.bool)
-
-
-def _first_equals(found: Tensor, threshold: int, quota: int) -> Tensor:
-    """The first `quota` of those at the threshold."""
-    if threshold >= ABOVE_ALL:
+def _largest(found: Tensor, threshold: int, quota: int) -> Tensor:
+    """Which keys are above the threshold, or among the first `quota` of those at it."""
+    if threshold >= ABOVE_ALL:  # which no key is, and no int32
         return torch.zeros_like(found, dtype=torch.bool)
     equal = found == threshold
-    return equal if quota >= KEEP_ALL_EQUAL else equal & (equal.cumsum(0) <= quota)
+    if quota < KEEP_ALL_EQUAL:
+        equal &= equal.cumsum(0) <= quota
+    return equal | (found > threshold)
 
 
 # -------------------------------------------------------------------------------------- dropping

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.device import CPU, Device, choose
+from streammerge.device import Device, choose
 from streammerge.errors import ConfigError
 from streammerge.planning.spill import SpillOptions
 from streammerge.recipe import Recipe
@@ -15,12 +15,10 @@ def device_for(
 
     Raises ConfigError where one that is asked for by name cannot be used, or not for this merge.
     """
-    device, note = choose(wanted, before=before)
-    why = None if device.on_host else _why_not(recipe, spill)
-    if why is None:
+    why = _why_not(recipe, spill)
+    device, note = choose(wanted, before=before, unfit=why)
+    if why is None or device.on_host:
         return device, note
-    if wanted == "auto":
-        return CPU, f"the CUDA device is not used: {why}"
     raise ConfigError(
         f"this merge cannot be done on {device.name}",
         found=why,

@@ -229,16 +229,8 @@ class _Reading:
         output = shaped(OutputShape, self._document, ("output",), self._problems)
         if output is None:
             return OutputShape.model_validate({}), None
-        unfit = (
-            ("shard_size",)
-            if output.kind == "adapter"
-            else (
-                "rank",
-                "energy",
-                "error",
-                "save",
-            )
-        )
+        of_adapters = ("rank", "energy", "error", "save")
+        unfit = ("shard_size",) if output.kind == "adapter" else of_adapters
         wrong = [key for key in unfit if getattr(output, key) is not None]
         for key in wrong:
             self._problems.add(self._unfit(key, output.kind))

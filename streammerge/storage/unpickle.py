@@ -115,9 +115,8 @@ def _mapped(path: str) -> list[tuple[range, int]]:
     with open("/proc/self/maps") as lines:
         for line in lines:
             addresses, _, offset, _, number, *name = line.split(maxsplit=5)
-            if number == inode or name == [
-                f"{whole}\n"
-            ]:  # layered file systems show another number
+            by_name = name == [f"{whole}\n"]  # layered file systems show another number
+            if number == inode or by_name:
                 begin, end = (int(part, 16) for part in addresses.split("-"))
                 found.append((range(begin, end), int(offset, 16)))
     return found

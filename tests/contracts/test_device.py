@@ -25,14 +25,13 @@ from streammerge.planning.fingerprint import environment
 from streammerge.sources.low_rank import Product
 from tests.contracts.method_contract import MEMORY
 from tests.contracts.small_inputs import SmallInputs, decode, read_back
-from tests.contracts.test_all_methods import CHANCE, ROWS, SHAPES, recipe
+from tests.contracts.test_all_methods import ROWS, SHAPES, recipe
 from tests.oracles.dense import Exact
 from tests.running import digest
 
 torch = pytest.importorskip("torch")
 
 DEVICES = ["torch-cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-PER_ELEMENT = [*CHANCE, "ram"]
 
 
 @pytest.fixture(params=DEVICES)
@@ -238,23 +237,21 @@ from streammerge.methods import method
 @method()
 def mine(deltas: {stack}, *, weight: Annotated[{per_model}, Knob(1.0)]) -> {rows}:
     "Half of the sum."
-    return 0.5 * (deltas * weight[:, None, None]{cast}).sum({axis})
+    return {half}
 """
 IN_TORCH = OWN.format(
     imports="import torch",
     stack='Annotated[torch.Tensor, "deltas"]',
     per_model="torch.Tensor",
     rows="torch.Tensor",
-    cast=".float()" if False else "",
-    axis="dim=0).float(",
+    half="0.5 * (deltas * weight[:, None, None]).sum(dim=0).float()",
 )
 IN_NUMPY = OWN.format(
     imports="from streammerge.arrays import Deltas, PerModel, Rows",
     stack="Deltas",
     per_model="PerModel",
     rows="Rows",
-    cast="",
-    axis="axis=0).astype('f4'",
+    half="0.5 * (deltas * weight[:, None, None]).sum(axis=0).astype('f4')",
 )
 
 

@@ -60,8 +60,7 @@ def make_convnext(folder: Path, dtype: str = "float32") -> Path:
 
 def make_qwen2_vl(folder: Path, tied: bool = False) -> Path:
     """A vision-language model: its file has other names than its modules."""
-    import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import Qwen2VLConfig
 
     text = {
         "hidden_size": 32,
@@ -75,15 +74,12 @@ def make_qwen2_vl(folder: Path, tied: bool = False) -> Path:
     }
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    torch.manual_seed(20)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return save_new("Qwen2VLForConditionalGeneration", config, folder, "float32")
 
 
 def make_bert(folder: Path) -> Path:
     """A masked language model whose head, named unlike most, shares the embedding's weight."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertConfig
 
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -93,9 +89,7 @@ def make_bert(folder: Path) -> Path:
         intermediate_size=56,
         max_position_embeddings=64,
     )
-    torch.manual_seed(20)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder
+    return save_new("BertForMaskedLM", config, folder, "float32")
 
 
 def make_gpt2_of_the_hub(folder: Path) -> Path:
