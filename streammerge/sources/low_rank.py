@@ -21,6 +21,9 @@ from streammerge.words import Factors, Matrix, OwnStatistic, Tile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# A right factor is loaded by blocks of this size, so that a large rank takes no more room.
+_LOADED_ELEMENTS = 1 << 16
+
 
 class Product:
     """`sum of weight_i * scale_i * left_i @ right_i` as one product over the stacked factors.
@@ -73,9 +76,9 @@ class Product:
         return values + sum(_stored_bytes(pair.right) for pair in self.factors)
 
     def scratch_bytes(self, tile: Tile) -> int:
-        """Of a thread; that which loads the right factors holds one of them besides."""
+        """Of a thread; that which loads the right factors holds a block of one of them besides."""
         rows = len(range(tile.start, tile.stop, tile.row_step))
-        loading = max(_stored_bytes(one.right) + 4 * _elements(one.right) for one in self.factors)
+        loading = max(_loading_bytes(pair.right) for pair in self.factors)
         widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self.factors)
         thinned = 4 * self.rank * self._cols // tile.col_step if tile.col_step > 1 else 0
         band = rows * (8 * self.rank + widest) + thinned + self._whole_row_bytes(tile)
@@ -187,7 +190,8 @@ class Product:
                 start = 0
                 for pair in self.factors:
                     block = right[start : start + pair.rank]
-                    self._read(pair.right, range(pair.rank), block, own)
+                    for rows in _blocks(pair.right):
+                        self._read(pair.right, rows, block[rows.start : rows.stop], own)
                     if pair.values is not None:
                         values = read_vector(self._files, pair.values).astype(np.float64)
                         multiply_by(block, values[:, np.newaxis])
@@ -233,6 +237,18 @@ class Product:
                 matrix.extent, range(row, row + 1), range(matrix.rows), whole.reshape(-1)
             )
             target[row] = whole[rows.start : rows.stop : rows.step]
+
+
+def _blocks(right: Matrix) -> list[range]:
+    """The rows that are loaded at once: few, or all where each would be a column of the file."""
+    step = right.rows if right.transposed else max(1, _LOADED_ELEMENTS // max(1, right.cols))
+    return [range(row, min(row + step, right.rows)) for row in range(0, right.rows, step)]
+
+
+def _loading_bytes(right: Matrix) -> int:
+    """Of a block, as stored and in float32."""
+    rows = max((len(block) for block in _blocks(right)), default=0)
+    return rows * right.cols * (_itemsize(right) + 4)
 
 
 def _elements(matrix: Matrix) -> int:
