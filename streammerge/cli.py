@@ -380,9 +380,9 @@ def _plan(recipe: Recipe, options: dict[str, Any], emit: Any, out: Path | None) 
 
 def _prepare(cache: str | None) -> None:
     """What must be settled before numpy is imported, and before memory is measured."""
-    # One BLAS thread: two give other bits. The pool's threads are the only ones.
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ[name] = "1"
+    from streammerge import system
+
+    system.settle_blas()
     if cache:
         try:
             os.makedirs(cache, exist_ok=True)
@@ -399,8 +399,6 @@ def _prepare(cache: str | None) -> None:
                 remedy="name a folder that you can write to, or leave --cache out",
             )
         os.environ["STREAMMERGE_CACHE"] = cache
-    from streammerge import system
-
     system.tune_allocator()
 
 

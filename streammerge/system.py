@@ -47,6 +47,23 @@ def tune_allocator() -> None:
     libc.mallopt(trim_threshold, 256 << 10)
 
 
+def settle_blas() -> None:
+    """One thread and one set of kernels, for the bits of products; numpy must not be there yet."""
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = "1"  # two give other bits, and the pool's threads are the only ones
+    if _has_avx512():  # see docs/decisions/0016-one-kernel-set.md
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
+
+
+def _has_avx512() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return False  # not Linux
+    return "avx512f" in flags.split()
+
+
 # -------------------------------------------------------------------------------------- memory
 
 

@@ -1,0 +1,5 @@
+"""What must be settled before any test imports numpy."""
+
+from streammerge import system
+
+system.settle_blas()
