@@ -45,8 +45,7 @@ def count_and_collect(
     """How many keys are at or above `high`, and those in `[low, high)` in a reused buffer."""
     from streammerge.kernels import cpu
 
-    # One more than there are elements: the loop writes before it knows whether to keep.
-    found = scratch.array("found", (rows.size + 1,), np.uint32)
+    found = scratch.array("found", (rows.size,), np.uint32)
     flat = rows.reshape(-1)
     above, inside = cpu.count_and_collect(flat, np.uint32(low), np.uint32(high), found)
     return int(above), found[:inside]
