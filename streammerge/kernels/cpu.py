@@ -36,6 +36,8 @@ _rows = types.float32[:, ::1]
 WORD = 64
 # Elements that are rounded before it is asked whether one was too large; they stay in the L1 cache.
 ROUNDED = 1024
+# Sums side by side, as many as hide that an addition waits for the one before.
+SUMS = 256
 
 
 @njit(types.void(_mapped_u16, _f32), cache=CACHED, nogil=True)
@@ -340,14 +342,16 @@ def drop_by_rank(rows, key, first, low, high, divide, ranks, columns, counts):
 
 @njit(types.float64(_f32), cache=CACHED, nogil=True)
 def sum_of_magnitudes(rows):  # [n]
-    """In float64, four sums side by side, always in this order."""
-    a, b, c, d = 0.0, 0.0, 0.0, 0.0
-    whole = rows.size - rows.size % 4
-    for i in range(0, whole, 4):
-        a += abs(np.float64(rows[i]))
-        b += abs(np.float64(rows[i + 1]))
-        c += abs(np.float64(rows[i + 2]))
-        d += abs(np.float64(rows[i + 3]))
+    """In float64, as many sums side by side as are added at once, always in this order."""
+    sums = np.zeros(SUMS)
+    for start in range(0, rows.size - SUMS + 1, SUMS):
+        block = rows[start : start + SUMS]
+        for i in range(SUMS):
+            sums[i] += abs(np.float64(block[i]))
+    whole = rows.size // SUMS * SUMS
     for i in range(whole, rows.size):
-        a += abs(np.float64(rows[i]))
-    return (a + b) + (c + d)
+        sums[i - whole] += abs(np.float64(rows[i]))
+    total = 0.0
+    for i in range(SUMS):
+        total += sums[i]
+    return total
