@@ -12,7 +12,7 @@ from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.casts import widen
 from streammerge.kernels.faces import to_host
 from streammerge.kernels.product import gram, multiply, squared_norms, thinned
-from streammerge.kernels.weighted import multiply_by
+from streammerge.kernels.weighted import copy, multiply_by
 from streammerge.memory import Scratch
 from streammerge.sources.vector import read_vector
 from streammerge.storage.bytesource import Files
@@ -21,8 +21,10 @@ from streammerge.words import Factors, Matrix, OwnStatistic, Tile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# A right factor is loaded by blocks of this size, so that a large rank takes no more room.
+# A factor is loaded by blocks of this size, so that a large rank takes no more room.
 _LOADED_ELEMENTS = 1 << 16
+# Of a left factor no larger than this, to read a tile's rows costs a third of multiplying them.
+_HELD_BYTES = 1 << 20
 
 
 class Product:
@@ -33,8 +35,8 @@ class Product:
     The scale and the weight enter the left factor, `float32(weight_i * scale_i) * left_i`; that is
     the documented formula, and it costs `rows * rank` products instead of `rows * cols`.
 
-    The right factors `[sum of ranks, cols]` are held from the first use until `release`; of the
-    left ones only the rows of the tile are read.
+    The right factors `[sum of ranks, cols]` are held from the first use until `release`, and so are
+    small left ones; of large ones only the rows of the tile are read.
     """
 
     needs_rows = False
@@ -45,20 +47,26 @@ class Product:
     ) -> None:
         self._files = files
         self.factors = tuple(factors)
-        self._weights = tuple(weights or (1.0,) * len(self.factors))
+        self._column_factors = self._factors_of(weights or (1.0,) * len(self.factors))
         self.rank = sum(pair.rank for pair in self.factors)
         self._cols = self.factors[0].right.cols
+        largest = max(pair.left.rows * pair.rank for pair in self.factors)
+        self._holds_left = 4 * largest <= _HELD_BYTES
         self._lock = threading.Lock()
+        self._held_left: Rows | None = None
         self._right: Rows | None = None
         self._grams: list[NDArray[np.float64]] = []
         self._right_gram: NDArray[np.float64] | None = None
 
     @property
     def resident_bytes(self) -> int:
-        return 4 * self.rank * self._cols
+        left = self.factors[0].left.rows if self._holds_left else 0
+        return 4 * self.rank * (self._cols + left)
 
     def read_bytes(self, tile: Tile) -> int:
-        """Of the left factors; the right ones are counted by `once_bytes`, once per tensor."""
+        """Of the left factors; what is held is counted by `once_bytes`, once per tensor."""
+        if self._holds_left:
+            return 0
         return sum(
             pair.rank * _itemsize(pair.left) * self._rows_read(pair.left, tile)
             for pair in self.factors
@@ -71,14 +79,17 @@ class Product:
 
     @property
     def once_bytes(self) -> int:
-        """Of the right factors."""
+        """Of the right factors, and of the left ones that are held."""
         values = sum(pair.values.spec.nbytes for pair in self.factors if pair.values is not None)
-        return values + sum(_stored_bytes(pair.right) for pair in self.factors)
+        left = sum(_stored_bytes(pair.left) for pair in self.factors) if self._holds_left else 0
+        return values + left + sum(_stored_bytes(pair.right) for pair in self.factors)
 
     def scratch_bytes(self, tile: Tile) -> int:
-        """Of a thread; that which loads the right factors holds a block of one of them besides."""
+        """Of a thread; that which loads what is held has a block of one factor besides."""
         rows = len(range(tile.start, tile.stop, tile.row_step))
-        loading = max(_loading_bytes(pair.right) for pair in self.factors)
+        loaded = [pair.right for pair in self.factors]
+        loaded += [pair.left for pair in self.factors] if self._holds_left else []
+        loading = max(_loading_bytes(matrix) for matrix in loaded)
         widest = max(pair.rank * (_itemsize(pair.left) + 4) for pair in self.factors)
         thinned = 4 * self.rank * self._cols // tile.col_step if tile.col_step > 1 else 0
         band = rows * (8 * self.rank + widest) + thinned + self._whole_row_bytes(tile)
@@ -148,6 +159,7 @@ class Product:
 
     def release(self) -> None:
         with self._lock:
+            self._held_left = None
             self._right = None
             self._grams = []
             self._right_gram = None
@@ -160,26 +172,53 @@ class Product:
         scratch: Scratch,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Scales `left` in place, then multiplies."""
-        start = 0
-        for pair, weight in zip(self.factors, weights or self._weights, strict=True):
-            left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
-            start += pair.rank
         right = self.right(scratch)
         if tile.col_step > 1:
             right = thinned(right, tile.col_step)
-        multiply(left, right, out)
+        multiply(self.scaled(left, scratch, weights), right, out)
+
+    def scaled(self, left: Rows, scratch: Scratch, weights: Sequence[float] | None = None) -> Rows:
+        """A copy of rows of the left factors, each times its scale and weight."""
+        factors = self._column_factors if weights is None else self._factors_of(weights)
+        out = scratch.rows("scaled left", left.shape)
+        copy(left, out)
+        multiply_by(out, factors)
+        return out
+
+    def _factors_of(self, weights: Sequence[float]) -> NDArray[np.float64]:
+        """`[1, sum of ranks]`: of each column of the left factors, the scale and the weight."""
+        factors = [w * pair.scale for w, pair in zip(weights, self.factors, strict=True)]
+        return np.repeat(factors, [pair.rank for pair in self.factors])[np.newaxis]
 
     def left(self, tile: Tile, scratch: Scratch) -> Rows:
-        """The tile's rows of the left factors side by side, unscaled: `[rows, sum of ranks]`."""
+        """The tile's rows of the left factors side by side, unscaled: `[rows, sum of ranks]`.
+
+        Not to be written to.
+        """
         rows = range(tile.start, tile.stop, tile.row_step)
+        if self._holds_left:
+            return self._held(scratch)[tile.start : tile.stop : tile.row_step]
         left = scratch.rows("left", (len(rows), self.rank))
+        self._read_left(rows, left, scratch)
+        return left
+
+    def _held(self, scratch: Scratch) -> Rows:
+        with self._lock:
+            if self._held_left is None:
+                own = scratch.fresh()
+                rows = self.factors[0].left.rows
+                left = own.rows("left", (rows, self.rank))
+                for block in _blocks(self.factors[0].left):
+                    self._read_left(block, left[block.start : block.stop], own)
+                own.settle()
+                self._held_left = left
+            return self._held_left
+
+    def _read_left(self, rows: range, out: Rows, scratch: Scratch) -> None:
         start = 0
         for pair in self.factors:
-            block = left[:, start : start + pair.rank]
-            self._read(pair.left, rows, block, scratch)
+            self._read(pair.left, rows, out[:, start : start + pair.rank], scratch)
             start += pair.rank
-        return left
 
     def right(self, scratch: Scratch) -> Rows:
         """The right factors under each other: `[sum of ranks, cols]`."""
@@ -239,16 +278,17 @@ class Product:
             target[row] = whole[rows.start : rows.stop : rows.step]
 
 
-def _blocks(right: Matrix) -> list[range]:
+def _blocks(matrix: Matrix) -> list[range]:
     """The rows that are loaded at once: few, or all where each would be a column of the file."""
-    step = right.rows if right.transposed else max(1, _LOADED_ELEMENTS // max(1, right.cols))
-    return [range(row, min(row + step, right.rows)) for row in range(0, right.rows, step)]
+    few = max(1, _LOADED_ELEMENTS // max(1, matrix.cols))
+    step = matrix.rows if matrix.transposed else few
+    return [range(row, min(row + step, matrix.rows)) for row in range(0, matrix.rows, step)]
 
 
-def _loading_bytes(right: Matrix) -> int:
+def _loading_bytes(matrix: Matrix) -> int:
     """Of a block, as stored and in float32."""
-    rows = max((len(block) for block in _blocks(right)), default=0)
-    return rows * right.cols * (_itemsize(right) + 4)
+    rows = max((len(block) for block in _blocks(matrix)), default=0)
+    return rows * matrix.cols * (_itemsize(matrix) + 4)
 
 
 def _elements(matrix: Matrix) -> int:

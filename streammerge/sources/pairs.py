@@ -71,11 +71,7 @@ class Stacked:
     def left(self, tile: Tile, scratch: Scratch) -> tuple[Rows, PerModel]:
         left = self._product.left(tile, scratch)
         norms = self._updates.by_model(self._product.norms(left, scratch))
-        start = 0
-        for pair, weight in zip(self._product.factors, self._weights, strict=True):
-            left[:, start : start + pair.rank] *= np.float32(weight * pair.scale)
-            start += pair.rank
-        return left, norms
+        return self._product.scaled(left, scratch, self._weights), norms
 
     def right(self) -> Rows:
         return self._product.right(Scratch())

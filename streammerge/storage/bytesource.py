@@ -60,6 +60,7 @@ class Files:
         self._io = io
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _Handle] = OrderedDict()
+        self._most = _most_open()
         self.read_bytes = 0  # of tensors, so far
 
     def __reduce__(self) -> tuple[type[Files], tuple[Mapping[str, Stamp], Io]]:
@@ -70,8 +71,7 @@ class Files:
         """The stored bytes of a tile, row after row, valid inside the `with`."""
         spec = extent.spec
         row_bytes = spec.cols * spec.dtype.itemsize
-        self._count(tile.shape(spec)[0] * row_bytes)
-        with self._borrow(extent.path) as handle:
+        with self._borrow(extent.path, tile.shape(spec)[0] * row_bytes) as handle:
             if tile.row_step > 1 or tile.col_step > 1:
                 yield self._sample(handle, extent, tile, scratch)
                 return
@@ -93,8 +93,7 @@ class Files:
         size = extent.spec.dtype.itemsize
         row_bytes = extent.spec.cols * size
         length = len(cols) * size
-        self._count(len(rows) * length)
-        with self._borrow(extent.path) as handle:
+        with self._borrow(extent.path, len(rows) * length) as handle:
             if length == row_bytes and rows.step == 1:
                 start = extent.offset + rows.start * row_bytes
                 _read_into(handle.descriptor, extent.path, start, out)
@@ -107,8 +106,7 @@ class Files:
     @contextmanager
     def descriptor(self, path: str, length: int) -> Iterator[int]:
         """The file's descriptor, for a copy of `length` bytes inside the kernel."""
-        self._count(length)
-        with self._borrow(path) as handle:
+        with self._borrow(path, length) as handle:
             yield handle.descriptor
 
     def __enter__(self) -> Files:
@@ -120,10 +118,6 @@ class Files:
             for handle in self._open.values():
                 _close(handle)
             self._open.clear()
-
-    def _count(self, nbytes: int) -> None:
-        with self._lock:
-            self.read_bytes += nbytes
 
     def _sample(self, handle: _Handle, extent: Extent, tile: Tile, scratch: Scratch) -> RawBytes:
         """A thinned tile, read and never mapped: each touched row would map its surroundings."""
@@ -139,8 +133,10 @@ class Files:
         return out.reshape(-1)
 
     @contextmanager
-    def _borrow(self, path: str) -> Iterator[_Handle]:
+    def _borrow(self, path: str, nbytes: int) -> Iterator[_Handle]:
+        """An open file, to read so many bytes of it."""
         with self._lock:
+            self.read_bytes += nbytes
             handle = self._open.get(path)
             if handle is None:
                 handle = self._open[path] = self._open_file(path)
@@ -152,14 +148,13 @@ class Files:
         finally:
             with self._lock:
                 handle.users -= 1
-                self._close_idle()
+                if len(self._open) > self._most:
+                    self._close_idle()
 
     def _close_idle(self) -> None:
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = _OPEN_FILES if limit < 0 else min(_OPEN_FILES, (limit - _OTHER_HANDLES) // 2)
-        surplus = len(self._open) - most
+        surplus = len(self._open) - self._most
         idle = [path for path, handle in self._open.items() if handle.users == 0]
-        for path in idle[: max(0, surplus)]:
+        for path in idle[:surplus]:
             _close(self._open.pop(path))
 
     def _open_file(self, path: str) -> _Handle:
@@ -198,6 +193,11 @@ class Files:
                 ),
                 remedy="leave the inputs alone while a merge runs, then run the command again",
             )
+
+
+def _most_open() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _OPEN_FILES if limit < 0 else min(_OPEN_FILES, (limit - _OTHER_HANDLES) // 2)
 
 
 def _close(handle: _Handle) -> None:

@@ -83,6 +83,11 @@ class AdaptedContract(SourceContract):
     transposed: ClassVar[bool]
     factor_dtype: ClassVar[str] = "F32"
 
+    @pytest.fixture(autouse=True, params=["left factor held", "left factor read by rows"])
+    def _holding(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param == "left factor read by rows":
+            monkeypatch.setattr("streammerge.sources.low_rank._HELD_BYTES", 0)
+
     def make(self, folder: Path, io: Io, rows: int, cols: int) -> tuple[Source, Files]:
         base = random_tensor(rows, cols, "BF16", 0)
         own = base if self.on_base else random_tensor(rows, cols, "BF16", 1)
