@@ -51,7 +51,8 @@ class KthMagnitude:
         return int(bool(self.measured(knobs)))
 
     def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
-        return state_bytes(spec, len(self.measured(knobs)))
+        counts = self._counts(spec, knobs)
+        return state_bytes(spec, [counts[model] for model in self.measured(knobs)])
 
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return part_bytes() * len(self.measured(knobs))
@@ -69,10 +70,12 @@ class KthMagnitude:
         values: Mapping[str, StatisticValue],
         state_bytes: int,
     ) -> Fold | StatisticValue:
-        if self.count is not None:
-            counts = of_each(self.count, knobs, numel=spec.numel)
-        else:
-            counts = [largest(spec.numel, share) for share in knobs.per_model[self.keep].tolist()]
         all_equal = self.equals is not None and knobs.shared[self.equals] == "all"
-        by_slot = dict(enumerate(counts))
+        by_slot = dict(enumerate(self._counts(spec, knobs)))
         return select(spec, by_slot, each_model, state_bytes, all_equal=all_equal)
+
+    def _counts(self, spec: TensorSpec, knobs: Knobs) -> Sequence[int]:
+        """How many elements each model keeps."""
+        if self.count is not None:
+            return of_each(self.count, knobs, numel=spec.numel)
+        return [largest(spec.numel, share) for share in knobs.per_model[self.keep].tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ class KthValue:
         return int(self.unless is None or not of_shared(self.unless, knobs))
 
     def state_bytes(self, spec: TensorSpec, knobs: Knobs) -> tuple[int, int]:
-        return state_bytes(spec, len(self.counts))
+        return state_bytes(spec, list(self._counts(spec, knobs, spec.numel).values()))
 
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return part_bytes() * len(self.counts)
@@ -70,10 +71,6 @@ class KthValue:
         values: Mapping[str, StatisticValue],
         state_bytes: int,
     ) -> Fold | StatisticValue:
-        def counts(nonzero: int) -> dict[int, int]:
-            given = {"numel": spec.numel, "nonzero": nonzero}
-            return {i: of_shared(one, knobs, **given) for i, one in enumerate(self.counts)}
-
         if not self.reads(knobs):
             everything = dict.fromkeys(range(len(self.counts)), spec.numel)
             return select(spec, everything, each_model, state_bytes)
@@ -83,6 +80,7 @@ class KthValue:
             rows = of(stack, stack.all())
             yield from ((slot, rows) for slot in slots)
 
+        counts = partial(self._counts, spec, knobs)
         mended = any("nonzero" in signature(one).parameters for one in self.counts)
         return select(
             spec,
@@ -93,3 +91,8 @@ class KthValue:
             whole_rows=self.whole_rows,
             exact=True,
         )
+
+    def _counts(self, spec: TensorSpec, knobs: Knobs, nonzero: int) -> dict[int, int]:
+        """Slot -> k, where so many elements are not zero."""
+        given = {"numel": spec.numel, "nonzero": nonzero}
+        return {i: of_shared(one, knobs, **given) for i, one in enumerate(self.counts)}

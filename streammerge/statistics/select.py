@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -50,8 +50,9 @@ _SAMPLE_ROWS = 512
 _SAMPLE_ELEMENTS = 192 << 10
 # A wider bracket holds more to collect; one that misses costs a read of one tensor.
 _SPREADS = 3.5
-# State of one slot: more was seldom filled by a bracket, and is no faster.
+# State of one slot, at most; and the share of a LoRA's delta that a bracket around its median holds.
 _MOST_STATE_BYTES = 8 << 20
+_HELD_SHARE = 1 / 16
 
 # The rows of each of some slots; the next may overwrite the last.
 Look = Callable[[DeltaStack, Iterable[int]], Iterator[tuple[int, "Rows"]]]
@@ -64,13 +65,20 @@ def part_bytes() -> int:
     return max(4 * tally.BINS, 8 * tally.MOST_KEYS)
 
 
-def state_bytes(spec: TensorSpec, slots: int) -> tuple[int, int]:
-    """The state that some slots cannot do without, and the most they could make use of.
+def state_bytes(spec: TensorSpec, counts: Collection[int]) -> tuple[int, int]:
+    """The state that the slots of some k cannot do without, and the most they could make use of.
 
     One of them at a time goes over to bins, and holds both.
     """
     bins = _least_state_bytes()
-    return (slots + 1) * bins, slots * min(4 * spec.numel, _MOST_STATE_BYTES) + bins
+    most = sum(max(bins, min(_held_bytes(spec, k), _MOST_STATE_BYTES)) for k in counts)
+    return (len(counts) + 1) * bins, most + bins
+
+
+def _held_bytes(spec: TensorSpec, k: int) -> int:
+    """Keys inside a bracket: fewer where nearly all or nearly none are above it."""
+    above = min(1.0, max(0.0, k / max(1, spec.numel)))
+    return int(4 * spec.numel * _HELD_SHARE * 2 * math.sqrt(above * (1 - above)))
 
 
 def _least_state_bytes() -> int:
