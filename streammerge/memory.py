@@ -16,7 +16,7 @@ from streammerge import system
 MIB = 1 << 20
 LEAST_DEFAULT = 256 * MIB
 # State of one tensor's statistics, where they can use so much; less of it may cost another read.
-STATES = tuple(size * MIB for size in (48, 24, 12, 4, 1))
+STATES = tuple(size * MIB for size in (96, 48, 24, 12, 4, 1))
 
 
 def default_budget(environ: Mapping[str, str] = os.environ) -> int:

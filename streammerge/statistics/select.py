@@ -44,15 +44,20 @@ if TYPE_CHECKING:
 
 # Tensors smaller than this are not worth a sample: everything is inside the bracket.
 _SAMPLE_FROM = 1 << 15
-# Every eighth row, within these bounds: reading a row of a full model reads all its columns.
+# Every eighth row, within these bounds: reading a row of a full model reads all its columns. Of a
+# large tensor more rows and more columns, so that a bracket holds few enough of its many elements.
 _LEAST_ROWS = 128
 _SAMPLE_ROWS = 512
 _SAMPLE_ELEMENTS = 192 << 10
+_LARGEST_SAMPLE = 2 << 20
+_SAMPLED_SHARE = 1 / 64
 # A wider bracket holds more to collect; one that misses costs a read of one tensor.
 _SPREADS = 3.5
-# State of one slot, at most; and the share of a LoRA's delta that a bracket around its median holds.
-_MOST_STATE_BYTES = 8 << 20
+# State of one slot, at most; the share of a LoRA's delta inside a bracket around its median, from
+# the smallest sample; and the power by which it falls as samples grow, as measured.
+_MOST_STATE_BYTES = 20 << 20
 _HELD_SHARE = 1 / 16
+_HELD_POWER = 0.4
 
 # The rows of each of some slots; the next may overwrite the last.
 Look = Callable[[DeltaStack, Iterable[int]], Iterator[tuple[int, "Rows"]]]
@@ -78,7 +83,12 @@ def state_bytes(spec: TensorSpec, counts: Collection[int]) -> tuple[int, int]:
 def _held_bytes(spec: TensorSpec, k: int) -> int:
     """Keys inside a bracket: fewer where nearly all or nearly none are above it."""
     above = min(1.0, max(0.0, k / max(1, spec.numel)))
-    return int(4 * spec.numel * _HELD_SHARE * 2 * math.sqrt(above * (1 - above)))
+    share = _HELD_SHARE * (_SAMPLE_ELEMENTS / _sample_elements(spec)) ** _HELD_POWER
+    return int(4 * spec.numel * share * 2 * math.sqrt(above * (1 - above)))
+
+
+def _sample_elements(spec: TensorSpec) -> int:
+    return max(_SAMPLE_ELEMENTS, min(_LARGEST_SAMPLE, int(spec.numel * _SAMPLED_SHARE)))
 
 
 def _least_state_bytes() -> int:
@@ -130,12 +140,14 @@ class Subject:
 
     def sample(self) -> Tile:
         """A thinned tile. The steps are odd, so that they do not beat with head sizes."""
-        rows = max(_LEAST_ROWS, min(_SAMPLE_ROWS, self.spec.rows // 8))
+        elements = _sample_elements(self.spec)
+        most_rows = int(_SAMPLE_ROWS * math.sqrt(elements / _SAMPLE_ELEMENTS))
+        rows = max(_LEAST_ROWS, min(most_rows, self.spec.rows // 8))
         if self.whole_rows:
-            rows = max(1, min(rows, _SAMPLE_ELEMENTS // self.spec.cols))
+            rows = max(1, min(rows, elements // self.spec.cols))
         row_step = -(-self.spec.rows // rows) | 1
         sampled = len(range(0, self.spec.rows, row_step))
-        col_step = -(-self.spec.cols * sampled // _SAMPLE_ELEMENTS) | 1
+        col_step = -(-self.spec.cols * sampled // elements) | 1
         return Tile(0, self.spec.rows, row_step, 1 if self.whole_rows else col_step)
 
 
