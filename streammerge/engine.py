@@ -35,7 +35,7 @@ from streammerge.publication import (
 )
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
-from streammerge.resume import device_before
+from streammerge.resume import device_before, half_done
 from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
 from streammerge.storage.rundir import clear_state
@@ -222,9 +222,9 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer, plan.device)
     changes = Changes(plan.inputs.models, plan.layouts, plan.changes())
     already = there_already(out, identity, manner)
-    resumed = 0
+    resumed, beside = 0, None
     if already:
-        clear_state(out)
+        beside = clear_state(out)
     else:
         check_room_for(plan, out)
         compare_buffers(plan)
@@ -234,6 +234,7 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
         out=out,
         kind=plan.recipe.kind,
         already_done=already,
+        half_done=half_done(beside, identity) if beside else None,
         changes=recorded_changes(out),
         missed=recorded_misses(out),
         tensors=plan.demand.merged_tensors + plan.demand.copied_tensors,

@@ -124,6 +124,7 @@ def describe_report(report: Report) -> str:
         load = f'PeftModel.from_pretrained(base_model, "{report.out}")'
     if report.already_done:
         lines = ["the output is there already, complete, of this recipe and these inputs"]
+        lines += [str(report.half_done)] if report.half_done else []
     else:
         lines = [*map(str, report.changes), *describe_missed(report.missed)]
         if report.resumed_bytes:

@@ -199,18 +199,22 @@ class RunDirectory:
             raise StorageError(text, where=str(self.path), remedy=remedy) from error
 
 
-def clear_state(out: Path) -> None:
+def clear_state(out: Path) -> Path | None:
     """Remove what a run left that was killed between publishing and tidying up.
 
-    A merge that is half done, which was to replace the output, can be gone on with.
+    A merge that is half done, which was to replace the output, can be gone on with: its folder
+    stays, and is returned.
     """
     whole = out.absolute()
     for folder in (_beside(whole), whole / _INSIDE):
         built = folder / _OUTPUT
         half_done = (folder / JOURNAL).exists() and built.exists() and any(built.iterdir())
-        if folder.exists() and not half_done:
+        if half_done:
+            return folder
+        if folder.exists():
             with RunDirectory(out, folder):
                 pass
+    return None
 
 
 def _beside(out: Path) -> Path:
