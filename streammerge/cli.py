@@ -199,13 +199,14 @@ def plan(config: str | None, as_json: bool, tensors: bool, **options: Any) -> No
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--base", metavar="DIR", help="The base that an adapter would be applied to.")
+@click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def inspect(paths: Sequence[str], base: str | None, as_json: bool) -> None:
+def inspect(paths: Sequence[str], base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Say what model and adapter folders hold, and what hinders a merge of them."""
     from streammerge.commands.inspect import describe, examine
 
     problems = Problems()
-    found = [examine(path, base, problems) for path in paths]
+    found = [examine(path, base, problems, allow_pickle=allow_pickle) for path in paths]
     _print(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
     problems.raise_any()
 

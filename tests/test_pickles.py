@@ -135,6 +135,49 @@ def test_without_the_option_nothing_is_opened(inputs: Path, tmp_path: Path, fold
     assert allowed.returncode == 0, allowed.stderr
 
 
+def facts(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What `inspect` says of a base and an adapter, but where they are."""
+    paths = ("base", "lora-0", "--base", "base", "--json")
+    done = run("inspect", *paths, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return [{**one, "path": None} for one in json.loads(done.stdout)]
+
+
+def test_inspect_says_of_them_what_it_says_of_safetensors(inputs: Path) -> None:
+    before = digest(inputs / "pickled")
+    told = facts(inputs / "pickled", "--allow-pickle")
+    assert [one["kind"] for one in told] == ["model", "LoRA"]
+    assert told == facts(inputs)
+    assert digest(inputs / "pickled") == before
+
+
+@pytest.mark.parametrize("path", ["base", "lora-0"])
+def test_inspect_opens_none_without_the_option(inputs: Path, path: str) -> None:
+    done = run("inspect", path, cwd=inputs / "pickled")
+    assert done.returncode == 65
+    assert "--allow-pickle" in done.stderr
+
+
+def test_inspect_says_what_it_can_of_one_that_cannot_be_merged(
+    inputs: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(inputs / "pickled" / "lora-0", tmp_path / "own"))
+    config = own / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "sometimes"}))
+    done = run("inspect", own, "--allow-pickle", "--json")
+    told = json.loads(done.stdout)[0]
+    assert done.returncode == 65 and "bias" in told["hindered_by"][0]
+    assert told["ranks"] == facts(inputs)[1]["ranks"]
+
+
+def test_inspect_takes_a_bare_pickle_for_a_model(tmp_path: Path) -> None:
+    """Without a config, as old checkpoints come: its name says what it is."""
+    torch.save({"weight": torch.ones(3, 5)}, tmp_path / "pytorch_model.bin")
+    assert "is not a model in safetensors" in run("inspect", tmp_path).stderr
+    done = run("inspect", tmp_path, "--allow-pickle", "--json")
+    assert json.loads(done.stdout)[0]["parameters"] == 15
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_tied_head_lies_where_its_embedding_lies(tmp_path: Path, shared: bool) -> None:
     """transformers saved both names of one tensor; from safetensors it comes to the same."""

@@ -50,10 +50,9 @@ def open_adapter(
     is damaged, and Refused when several things are wrong.
     """
     given, path = path, find_adapter(path)
-    held = _names_in(path)
     problems = Problems()
     config = read_config(path / CONFIG, problems, assume_residual_base=assume_residual_base)
-    header = _read_weights(path, held, problems, allow_pickle=allow_pickle)
+    header = read_weights(path, problems, allow_pickle=allow_pickle)
     problems.raise_any()
     assert config is not None and header is not None  # else there was a problem
     notes = [note for field, note in _TRAINING_ONLY.items() if field in config.ignored]
@@ -97,9 +96,9 @@ def _adapters_below(path: Path, held: list[str], levels: int = 2) -> Iterator[st
             yield from (f"{name}/{below}" for below in further)
 
 
-def _read_weights(
-    path: Path, held: list[str], problems: Problems, *, allow_pickle: bool
-) -> Header | None:
+def read_weights(path: Path, problems: Problems, *, allow_pickle: bool) -> Header | None:
+    """The table of an adapter's tensors; None when there is a problem with it."""
+    held = _names_in(path)
     pickled = WEIGHTS not in held and PICKLE in held
     if pickled and not allow_pickle:
         problems.add(

@@ -147,6 +147,13 @@ def shard_names(count: int) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------- what kind of folder
 
 
+def holds_model(path: Path) -> bool:
+    """Whether anything in a folder says that it is a model's, be it one that cannot be opened."""
+    kinds = (_SAFETENSORS, _PICKLES)
+    names = [CONFIG, *(name for kind in kinds for name in (kind.single, kind.index))]
+    return any(os.path.exists(path / name) for name in names)
+
+
 def list_folder(path: Path) -> frozenset[str]:
     where = os.fspath(path)
     try:
