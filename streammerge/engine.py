@@ -18,7 +18,7 @@ from streammerge.declarations import MethodSpec
 from streammerge.device import CPU, Device
 from streammerge.errors import ConfigError, OutputRefused, Problems
 from streammerge.manner import Manner
-from streammerge.memory import default_budget
+from streammerge.memory import chosen_budget
 from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
@@ -36,7 +36,6 @@ from streammerge.publication import (
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
 from streammerge.resume import device_before, half_done
-from streammerge.sizes import parse_size
 from streammerge.storage.bytesource import Io
 from streammerge.storage.rundir import clear_state
 
@@ -73,7 +72,7 @@ def plan(
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
-    budget = parse_size(memory, "--memory") if isinstance(memory, str) else memory
+    budget = chosen_budget(memory)
     made = None
     if recipe is not None:
         options = _spill_options(recipe, config, out, spill, cache, keep=keep_cache)
@@ -82,7 +81,7 @@ def plan(
         made = make_plan(
             recipe,
             problems,
-            budget_bytes=budget or default_budget(),
+            budget_bytes=budget,
             threads=threads or system.usable_cpus(),
             io=io,
             spill=options if chosen.on_host else replace(options, mode="never"),
