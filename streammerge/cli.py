@@ -204,9 +204,10 @@ def plan(config: str | None, as_json: bool, tensors: bool, **options: Any) -> No
 def inspect(paths: Sequence[str], base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Say what model and adapter folders hold, and what hinders a merge of them."""
     from streammerge.commands.inspect import describe, examine
+    from streammerge.storage.pickles import Pickles
 
-    problems = Problems()
-    found = [examine(path, base, problems, allow_pickle=allow_pickle) for path in paths]
+    problems, pickles = Problems(), Pickles() if allow_pickle else None
+    found = [examine(path, base, problems, pickles) for path in paths]
     _print(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
     problems.raise_any()
 
@@ -341,19 +342,23 @@ def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
             methods=WithOwn(CATALOGUE, (Path.cwd(),)),
             problems=problems,
         )
-    _raise_with_inputs(recipe, problems, allow_pickle=options["allow_pickle"])
+    _raise_with_inputs(recipe, problems, options)
     assert recipe is not None
     return _override(recipe, options)
 
 
-def _raise_with_inputs(recipe: Recipe | None, problems: Problems, *, allow_pickle: bool) -> None:
+def _raise_with_inputs(recipe: Recipe | None, problems: Problems, options: dict[str, Any]) -> None:
     """Before giving up on a faulty recipe, look for faults of what it names, to say all at once."""
     if not len(problems):
         return
     if recipe is not None:
+        from streammerge.memory import chosen_budget
         from streammerge.planning.inputs import open_inputs
+        from streammerge.storage.pickles import Pickles
 
-        open_inputs(recipe, problems, allow_pickle=allow_pickle)
+        allowed = options["allow_pickle"]
+        pickles = Pickles(chosen_budget(options["memory"])) if allowed else None
+        open_inputs(recipe, problems, pickles)
     problems.raise_any()
 
 

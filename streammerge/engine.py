@@ -244,5 +244,5 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
         spilled_bytes=plan.store.written_bytes,
         seconds=time.monotonic() - started,
         peak_bytes=system.peak_resident_bytes(),
-        projected_bytes=plan.flight.projected_bytes,
+        projected_bytes=plan.projected_bytes,
     )

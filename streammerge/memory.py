@@ -42,14 +42,16 @@ def default_budget(environ: Mapping[str, str] = os.environ) -> int:
     return max(LEAST_DEFAULT, min(limit for limit in limits if limit is not None) // 2)
 
 
-def over_budget(what: str, needed_bytes: int, budget_bytes: int) -> BudgetError:
+def over_budget(
+    what: str, needed_bytes: int, budget_bytes: int, otherwise: str = ""
+) -> BudgetError:
     """The error for what does not fit the budget; it names the least that would do."""
     least = -(-(needed_bytes + _START_SPREAD) // MIB) * MIB
     return BudgetError(
         f"{what} does not fit the memory budget",
         least_bytes=least,
         found=f"a budget of {format_size(budget_bytes)}",
-        remedy=f"--memory {least // MIB}MiB is the least that would do",
+        remedy=f"--memory {least // MIB}MiB is the least that would do{otherwise}",
     )
 
 

@@ -22,7 +22,7 @@ import streammerge as sm
 from streammerge.errors import BadInput, ConfigError, Problems, Refused, StreammergeError
 from streammerge.storage.folder import open_model
 from streammerge.storage.header import Header
-from streammerge.storage.pickles import read_pickles
+from streammerge.storage.pickles import Pickles
 from streammerge.storage.smallfile import open_regular, pread
 from tests.running import digest, make_inputs, run, tensor_digest, write_recipe
 
@@ -61,7 +61,7 @@ def from_safetensors(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def read(path: Path) -> Header:
     problems = Problems()
-    headers = read_pickles([path], problems)
+    headers = Pickles().read([path], problems)
     problems.raise_any()
     return headers[0]
 
@@ -202,7 +202,7 @@ def test_a_tied_head_lies_where_its_embedding_lies(tmp_path: Path, shared: bool)
 def test_safetensors_win_where_both_are_there(inputs: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(inputs / "base", tmp_path / "own"))
     (own / "pytorch_model.bin").write_bytes(b"never opened")
-    assert all(h.path.endswith(".safetensors") for h in open_model(own, allow_pickle=True).shards)
+    assert all(h.path.endswith(".safetensors") for h in open_model(own, Pickles()).shards)
 
 
 # ------------------------------------------------------------------------------------ one file
@@ -267,7 +267,7 @@ def test_all_bad_files_of_a_model_are_named(inputs: Path, tmp_path: Path) -> Non
     for path in own.glob("*.bin"):
         path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(Refused) as caught:
-        open_model(own, allow_pickle=True)
+        open_model(own, Pickles())
     assert [problem.exit_code for problem in caught.value.problems] == [65, 65]
 
 

@@ -20,23 +20,24 @@ from streammerge.errors import Problems, StreammergeError
 from streammerge.sizes import format_size
 from streammerge.storage.folder import ModelFolder, holds_model, open_model
 from streammerge.storage.header import Header
+from streammerge.storage.pickles import Pickles
 from streammerge.storage.references import display_name, resolve
 
 
 def examine(
-    reference: str, base: str | None, problems: Problems, *, allow_pickle: bool = False
+    reference: str, base: str | None, problems: Problems, pickles: Pickles | None = None
 ) -> dict[str, Any]:
     """The facts of one folder; with `base`, what an adapter would touch there.
 
-    `allow_pickle` looks into the pickles of a folder that holds no safetensors, as a merge does.
+    `pickles` is the leave to look into those of a folder that holds no safetensors.
     What hinders a merge goes to `problems`, and as text into the facts, which then are those that
     could be found. Raises StreammergeError for a folder that is neither a model nor an adapter.
     """
     path = resolve(reference, None, [Path.cwd()])
     if not _holds_adapter(path):
-        return _model(path, open_model(path, allow_pickle=allow_pickle))
+        return _model(path, open_model(path, pickles))
     hindered = Problems()
-    facts = _adapter(find_adapter(path), base, hindered, allow_pickle=allow_pickle)
+    facts = _adapter(find_adapter(path), base, pickles, hindered)
     for problem in hindered:
         problems.add(problem)
     return {**facts, "hindered_by": [str(problem) for problem in hindered]}
@@ -72,23 +73,23 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _adapter(
-    path: Path, base: str | None, problems: Problems, *, allow_pickle: bool
+    path: Path, base: str | None, pickles: Pickles | None, problems: Problems
 ) -> dict[str, Any]:
     name, folder, header = display_name(path), None, None
     try:
-        folder = open_adapter(path, name, allow_pickle=allow_pickle)
+        folder = open_adapter(path, name, pickles)
         header = folder.header
     except StreammergeError as problem:
         problems.add(problem)
         why_not = Problems()  # known already
-        header = read_weights(path, why_not, allow_pickle=allow_pickle)
+        header = read_weights(path, pickles, why_not)
     facts: dict[str, Any] = {"kind": "adapter", "path": str(path)}
     if header is not None:
         facts |= _tensors(header, folder.config if folder else None)
     if folder is not None:
         facts |= _config(folder)
     if folder is not None and base is not None:
-        facts |= _on_base(folder, base, problems, allow_pickle=allow_pickle)
+        facts |= _on_base(folder, base, pickles, problems)
     return facts
 
 
@@ -132,10 +133,10 @@ def _config(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def _on_base(
-    folder: AdapterFolder, base: str, problems: Problems, *, allow_pickle: bool
+    folder: AdapterFolder, base: str, pickles: Pickles | None, problems: Problems
 ) -> dict[str, Any]:
     try:
-        opened = open_model(resolve(base, None, [Path.cwd()]), allow_pickle=allow_pickle)
+        opened = open_model(resolve(base, None, [Path.cwd()]), pickles)
         model = with_named_head(opened, folder)
         found = resolve_adapter(folder, model.tensors, model.config, model.ties)
     except StreammergeError as problem:
