@@ -311,7 +311,8 @@ def cache_clean(
     from streammerge.commands.cache import clean, describe
 
     gone = clean(Path(folder), runs, finished=finished, stale=stale)
-    removed = f"removed:\n{describe(gone)}" if gone else "nothing to remove"
+    nothing = "nothing to remove; a run that is named goes at once, unless it is at work"
+    removed = f"removed:\n{describe(gone)}" if gone else nothing
     _print(json.dumps([one.as_dict() for one in gone]) if as_json else removed)
 
 
