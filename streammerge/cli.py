@@ -199,13 +199,15 @@ def plan(config: str | None, as_json: bool, tensors: bool, **options: Any) -> No
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--base", metavar="DIR", help="The base that an adapter would be applied to.")
+@click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def inspect(paths: Sequence[str], base: str | None, as_json: bool) -> None:
+def inspect(paths: Sequence[str], base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Say what model and adapter folders hold, and what hinders a merge of them."""
     from streammerge.commands.inspect import describe, examine
+    from streammerge.storage.pickles import Pickles
 
-    problems = Problems()
-    found = [examine(path, base, problems) for path in paths]
+    problems, pickles = Problems(), Pickles() if allow_pickle else None
+    found = [examine(path, base, problems, pickles) for path in paths]
     _print(json.dumps(found) if as_json else "\n\n".join(describe(one) for one in found))
     problems.raise_any()
 
@@ -309,7 +311,8 @@ def cache_clean(
     from streammerge.commands.cache import clean, describe
 
     gone = clean(Path(folder), runs, finished=finished, stale=stale)
-    removed = f"removed:\n{describe(gone)}" if gone else "nothing to remove"
+    nothing = "nothing to remove; a run that is named goes at once, unless it is at work"
+    removed = f"removed:\n{describe(gone)}" if gone else nothing
     _print(json.dumps([one.as_dict() for one in gone]) if as_json else removed)
 
 
@@ -340,19 +343,23 @@ def _recipe(config: str | None, options: dict[str, Any]) -> Recipe:
             methods=WithOwn(CATALOGUE, (Path.cwd(),)),
             problems=problems,
         )
-    _raise_with_inputs(recipe, problems, allow_pickle=options["allow_pickle"])
+    _raise_with_inputs(recipe, problems, options)
     assert recipe is not None
     return _override(recipe, options)
 
 
-def _raise_with_inputs(recipe: Recipe | None, problems: Problems, *, allow_pickle: bool) -> None:
+def _raise_with_inputs(recipe: Recipe | None, problems: Problems, options: dict[str, Any]) -> None:
     """Before giving up on a faulty recipe, look for faults of what it names, to say all at once."""
     if not len(problems):
         return
     if recipe is not None:
+        from streammerge.memory import chosen_budget
         from streammerge.planning.inputs import open_inputs
+        from streammerge.storage.pickles import Pickles
 
-        open_inputs(recipe, problems, allow_pickle=allow_pickle)
+        allowed = options["allow_pickle"]
+        pickles = Pickles(chosen_budget(options["memory"])) if allowed else None
+        open_inputs(recipe, problems, pickles)
     problems.raise_any()
 
 

@@ -18,7 +18,7 @@ from streammerge.declarations import MethodSpec
 from streammerge.device import CPU, Device
 from streammerge.errors import ConfigError, OutputRefused, Problems
 from streammerge.manner import Manner
-from streammerge.memory import default_budget
+from streammerge.memory import chosen_budget
 from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.planning import Plan, make_plan
 from streammerge.planning.fingerprint import identify
@@ -35,8 +35,7 @@ from streammerge.publication import (
 )
 from streammerge.recipe import Recipe, read_recipe, to_yaml
 from streammerge.report import Changes, Report
-from streammerge.resume import device_before
-from streammerge.sizes import parse_size
+from streammerge.resume import device_before, half_done
 from streammerge.storage.bytesource import Io
 from streammerge.storage.rundir import clear_state
 
@@ -73,7 +72,7 @@ def plan(
     """
     problems = Problems()
     recipe = config if isinstance(config, Recipe) else _read(Path(config), methods, problems)
-    budget = parse_size(memory, "--memory") if isinstance(memory, str) else memory
+    budget = chosen_budget(memory)
     made = None
     if recipe is not None:
         options = _spill_options(recipe, config, out, spill, cache, keep=keep_cache)
@@ -82,7 +81,7 @@ def plan(
         made = make_plan(
             recipe,
             problems,
-            budget_bytes=budget or default_budget(),
+            budget_bytes=budget,
             threads=threads or system.usable_cpus(),
             io=io,
             spill=options if chosen.on_host else replace(options, mode="never"),
@@ -222,9 +221,9 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
     identity = identify(plan.inputs, plan.layouts, recipe_yaml, plan.outline.tokenizer, plan.device)
     changes = Changes(plan.inputs.models, plan.layouts, plan.changes())
     already = there_already(out, identity, manner)
-    resumed = 0
+    resumed, beside = 0, None
     if already:
-        clear_state(out)
+        beside = clear_state(out)
     else:
         check_room_for(plan, out)
         compare_buffers(plan)
@@ -234,6 +233,7 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
         out=out,
         kind=plan.recipe.kind,
         already_done=already,
+        half_done=half_done(beside, identity) if beside else None,
         changes=recorded_changes(out),
         missed=recorded_misses(out),
         tensors=plan.demand.merged_tensors + plan.demand.copied_tensors,
@@ -244,5 +244,5 @@ def run(plan: Plan, out: Path, manner: Manner = AS_USUAL) -> Report:
         spilled_bytes=plan.store.written_bytes,
         seconds=time.monotonic() - started,
         peak_bytes=system.peak_resident_bytes(),
-        projected_bytes=plan.flight.projected_bytes,
+        projected_bytes=plan.projected_bytes,
     )

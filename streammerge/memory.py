@@ -12,11 +12,21 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from streammerge import system
+from streammerge.errors import BudgetError
+from streammerge.sizes import format_size, parse_size
 
 MIB = 1 << 20
 LEAST_DEFAULT = 256 * MIB
 # State of one tensor's statistics, where they can use so much; less of it may cost another read.
 STATES = tuple(size * MIB for size in (96, 48, 24, 12, 4, 1))
+# Processes start with a MiB more or less; the least budget that is named must do for the next one.
+_START_SPREAD = 4 * MIB
+
+
+def chosen_budget(memory: str | int | None) -> int:
+    """Bytes that the user allows, as a number or as text such as `2GiB`, else the default."""
+    budget = parse_size(memory, "--memory") if isinstance(memory, str) else memory
+    return budget or default_budget()
 
 
 def default_budget(environ: Mapping[str, str] = os.environ) -> int:
@@ -30,6 +40,19 @@ def default_budget(environ: Mapping[str, str] = os.environ) -> int:
         system.scheduler_memory(environ, system.usable_cpus()),
     ]
     return max(LEAST_DEFAULT, min(limit for limit in limits if limit is not None) // 2)
+
+
+def over_budget(
+    what: str, needed_bytes: int, budget_bytes: int, otherwise: str = ""
+) -> BudgetError:
+    """The error for what does not fit the budget; it names the least that would do."""
+    least = -(-(needed_bytes + _START_SPREAD) // MIB) * MIB
+    return BudgetError(
+        f"{what} does not fit the memory budget",
+        least_bytes=least,
+        found=f"a budget of {format_size(budget_bytes)}",
+        remedy=f"--memory {least // MIB}MiB is the least that would do{otherwise}",
+    )
 
 
 class Scratch:

@@ -54,7 +54,7 @@ def planned(plan: Plan) -> Note:
         f"{plan.recipe.method.name}: {demand.merged_tensors} tensors to merge, "
         f"{demand.copied_tensors} to copy; reading {format_size(demand.read_bytes)}, writing "
         f"{format_size(demand.write_bytes)}{_spilling(plan)}; about {_duration(plan.seconds)}, "
-        f"{format_size(flight.projected_bytes)} of memory, "
+        f"{format_size(plan.projected_bytes)} of memory, "
         f"{flight.threads} thread{'s' if flight.threads > 1 else ''}"
     )
 
@@ -83,8 +83,9 @@ def describe_plan(plan: Plan, tensors: Sequence[TensorPlan] | None = None) -> st
         f"write     {format_size(demand.write_bytes)} in {_files(len(plan.layouts))}, of which "
         f"{format_size(demand.copied_bytes)} copied inside the kernel",
         *(f"spill     {line}" for line in _spill(plan)),
-        f"memory    {format_size(flight.projected_bytes)} projected peak, of "
+        f"memory    {format_size(plan.projected_bytes)} projected peak, of "
         f"{format_size(plan.budget_bytes)} allowed",
+        *(f"memory    {line}" for line in _pickles(plan)),
         f"threads   {flight.threads}",
         f"time      about {_duration(plan.seconds)}",
     ]
@@ -124,6 +125,7 @@ def describe_report(report: Report) -> str:
         load = f'PeftModel.from_pretrained(base_model, "{report.out}")'
     if report.already_done:
         lines = ["the output is there already, complete, of this recipe and these inputs"]
+        lines += [str(report.half_done)] if report.half_done else []
     else:
         lines = [*map(str, report.changes), *describe_missed(report.missed)]
         if report.resumed_bytes:
@@ -140,6 +142,12 @@ def describe_report(report: Report) -> str:
 
 def _spilled(report: Report) -> str:
     return f", spilled {format_size(report.spilled_bytes)}" if report.spilled_bytes else ""
+
+
+def _pickles(plan: Plan) -> Iterator[str]:
+    if plan.pickles_bytes:
+        merge, before = format_size(plan.flight.projected_bytes), format_size(plan.pickles_bytes)
+        yield f"{before} before the merge, while torch looks into pickles; {merge} in it"
 
 
 def _adapter(plan: Plan) -> Iterator[str]:

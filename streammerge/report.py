@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from streammerge.arrays import PerModel
 from streammerge.planning.adapter_output import AdapterOutput
 from streammerge.planning.inputs import Model
 from streammerge.sinks.receipts import Sums
+from streammerge.sizes import format_size
 from streammerge.storage.shard import ShardLayout
 
 
@@ -69,6 +71,25 @@ def describe_missed(missed: Mapping[str, Missed]) -> list[str]:
         f"the factors, of {span}, miss {100 * whole.relative:.2g} % of the merged update, at most "
         f"{100 * missed[worst].relative:.2g} % of a tensor's ({worst})"
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class HalfDone:
+    """A merge that was stopped, or is under way, and is to replace the output that is there."""
+
+    path: str
+    nbytes: int  # on the disk
+    same_merge: bool
+    at_work: str | None  # the process that may be
+
+    def __str__(self) -> str:
+        which = "a rebuild of it" if self.same_merge else "another merge, to replace it,"
+        command = "this command" if self.same_merge else "the command of that merge"
+        rows = {"go on": f"{command} with --force", "discard": f"rm -r {shlex.quote(self.path)}"}
+        if self.at_work:
+            rows = {"at work": f"{self.at_work}; if it is gone:", **rows}
+        head = f"{which} lies half done in {self.path}, {format_size(self.nbytes)}"
+        return "\n".join([head, *(f"  {key + ':':<10}{text}" for key, text in rows.items())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +183,7 @@ class Report:
     out: Path
     kind: Literal["model", "adapter"]
     already_done: bool  # the output was there, complete, before
+    half_done: HalfDone | None  # and beside it what is to replace it
     changes: tuple[Change, ...]
     missed: Mapping[str, Missed]  # of an adapter as output
     tensors: int

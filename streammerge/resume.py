@@ -8,7 +8,7 @@ the journal says of it does not count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from streammerge.manner import Manner
 from streammerge.planning import Job, Plan
 from streammerge.planning.differences import differences
 from streammerge.planning.fingerprint import Identity
-from streammerge.report import Changes
+from streammerge.report import Changes, HalfDone
 from streammerge.scheduler import Done
 from streammerge.sinks.receipts import Receipt
 from streammerge.sinks.shards import ShardsSink
 from streammerge.statistics.saved import restored
 from streammerge.storage.durable import sync_folder
 from streammerge.storage.journal import VERSION, Journal, Line, read_lines
+from streammerge.storage.lock import perhaps_at_work
+from streammerge.storage.room import taken_bytes
 from streammerge.storage.rundir import JOURNAL, RunDirectory, state_folder
 from streammerge.storage.shard import is_begun
 
@@ -128,8 +130,8 @@ def _unfit(
 ) -> OutputRefused | None:
     """Why this merge must not go on from what is there, if so."""
     where = str(state.path)
-    given = {name: one for name, one in opening.items() if name != "journal"}
-    if opening["journal"] != VERSION or given.keys() != asdict(identity).keys():
+    begun = _begun(opening)
+    if begun is None:
         return OutputRefused(
             "another version of streammerge left an unfinished merge here",
             where=where,
@@ -137,7 +139,7 @@ def _unfit(
             expected=f"format {VERSION}",
             remedy=f"finish it with that version; {_DISCARD}",
         )
-    differ = differences(Identity(**given), identity)
+    differ = differences(begun, identity)
     if differ.merge:
         what, found = "another merge is half done here", "; ".join(differ.merge)
         return OutputRefused(what, where=where, found=found, remedy=_DISCARD)
@@ -149,6 +151,22 @@ def _unfit(
         text = f"the merge was begun elsewhere; its last bits may differ: {line}"
         manner.emit(events.Warned(text))
     return None
+
+
+def _begun(opening: Mapping[str, Any]) -> Identity | None:
+    """The merge that a journal is of; None where another version wrote it."""
+    given = {name: one for name, one in opening.items() if name != "journal"}
+    known = {one.name for one in fields(Identity)}
+    return Identity(**given) if opening["journal"] == VERSION and given.keys() == known else None
+
+
+def half_done(folder: Path, identity: Identity) -> HalfDone:
+    """What lies in a state folder beside a finished output of this merge."""
+    found = survey(folder / JOURNAL)
+    begun = _begun(found.opening) if found else None
+    same = begun is not None and not differences(begun, identity).merge
+    owner = perhaps_at_work(folder)
+    return HalfDone(str(folder), taken_bytes(folder), same, str(owner) if owner else None)
 
 
 # -------------------------------------------------------------------------------- what is done

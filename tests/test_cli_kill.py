@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import streammerge as sm
+from streammerge.sizes import format_size
 from tests.running import COMMAND, digest, make_inputs, run, write_recipe
 from tests.stopping import stopped
 
@@ -118,6 +119,90 @@ def test_what_an_old_kill_left_does_not_stop_another_merge(
     assert digest(out) == undisturbed["linear"]
     other = run("merge", "ties.yaml", "--out", out, "--force", cwd=inputs)
     assert other.returncode == 0, other.stderr
+    assert digest(out) == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def taken(folder: Path) -> int:
+    """What `du` says."""
+    blocks = [path.lstat().st_blocks for path in folder.rglob("*") if path.is_file()]
+    return 512 * sum(blocks)
+
+
+def stop_a_rebuild(inputs: Path, marks: Path, out: Path, number: signal.Signals) -> Path:
+    """Of a finished output by TIES; returns the folder that it leaves."""
+    arguments = ("merge", "ties.yaml", "--out", out, "--force")
+    with stopped(PLACES["a later write"], marks, *arguments, cwd=inputs) as merge:
+        merge.send_signal(number)
+        (marks / "go").touch()
+        merge.communicate(timeout=60)
+    assert merge.returncode == (75 if number == signal.SIGTERM else -number)
+    return out.parent / f".{out.name}.streammerge"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rebuild_that_was_stopped_is_told_of_and_may_go_on(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path, number: signal.Signals
+) -> None:
+    out = folder / "out"
+    sm.merge(inputs / "ties.yaml", out=out)
+    state = stop_a_rebuild(inputs, tmp_path / "marks", out, number)
+    left = digest(state)
+    told = run("merge", "ties.yaml", "--out", out, cwd=inputs)
+    assert told.returncode == 0, told.stderr
+    assert "there already, complete" in told.stdout
+    assert f"a rebuild of it lies half done in {state}, {format_size(taken(state))}" in told.stdout
+    assert "go on:    this command with --force" in told.stdout
+    assert digest(state) == left and digest(out) == undisturbed["ties"]
+    on = run("merge", "ties.yaml", "--out", out, "--force", "--json", cwd=inputs)
+    report = json.loads(on.stdout)
+    assert report["resumed_bytes"] > 0 and report["half_done"] is None
+    assert digest(out) == undisturbed["ties"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def test_a_rebuild_that_was_stopped_is_discarded_as_it_says(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path
+) -> None:
+    out = folder / "an out"
+    sm.merge(inputs / "ties.yaml", out=out)
+    stop_a_rebuild(inputs, tmp_path / "marks", out, signal.SIGKILL)
+    told = run("merge", "ties.yaml", "--out", out, cwd=inputs).stdout
+    discard = next(line for line in told.splitlines() if line.startswith("  discard:"))
+    subprocess.run(discard.removeprefix("  discard:"), shell=True, check=True)
+    assert [path.name for path in folder.iterdir()] == ["an out"]
+    again = run("merge", "ties.yaml", "--out", out, cwd=inputs)
+    assert "there already, complete" in again.stdout and "half done" not in again.stdout
+    assert digest(out) == undisturbed["ties"]
+
+
+def test_another_merge_that_was_to_replace_it_is_told_apart(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path
+) -> None:
+    out = folder / "out"
+    sm.merge(inputs / "linear.yaml", out=out)
+    state = stop_a_rebuild(inputs, tmp_path / "marks", out, signal.SIGKILL)
+    told = json.loads(run("merge", "linear.yaml", "--out", out, "--json", cwd=inputs).stdout)
+    beside = {"path": str(state), "nbytes": taken(state), "same_merge": False, "at_work": None}
+    assert told["already_done"] and told["half_done"] == beside
+    said = run("merge", "linear.yaml", "--out", out, cwd=inputs).stdout
+    assert "go on:    the command of that merge with --force" in said
+    assert digest(out) == undisturbed["linear"]
+
+
+def test_a_rebuild_that_is_under_way_is_left_alone(
+    inputs: Path, undisturbed: dict[str, str], tmp_path: Path, folder: Path
+) -> None:
+    out, arguments = folder / "out", ("merge", "ties.yaml", "--out", folder / "out")
+    sm.merge(inputs / "ties.yaml", out=out)
+    marks = tmp_path / "marks"
+    with stopped(PLACES["a later write"], marks, *arguments, "--force", cwd=inputs) as rebuild:
+        told = run(*arguments, cwd=inputs)
+        assert told.returncode == 0, told.stderr
+        assert f"at work:  process {rebuild.pid} on " in told.stdout
+        (marks / "go").touch()
+        _, errors = rebuild.communicate(timeout=60)
+        assert rebuild.returncode == 0, errors
     assert digest(out) == undisturbed["ties"]
     assert [path.name for path in folder.iterdir()] == ["out"]
 

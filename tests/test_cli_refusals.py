@@ -313,8 +313,19 @@ def test_force_replaces_no_folder_of_others(made: Path, tmp_path: Path) -> None:
     done = run("merge", "ties.yaml", "--out", out, "--force", cwd=made)
     assert done.returncode == 73
     assert f"{out}: the output exists" in done.stderr
-    assert "a folder without streammerge.json" in done.stderr
+    assert "a folder without streammerge.json, so not made by streammerge" in done.stderr
+    assert "--force leaves it alone" in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+def test_one_whose_record_cannot_be_read_is_not_taken_for_ours(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "streammerge.json").write_text("{")
+    done = run("merge", "ties.yaml", "--out", out, "--force", cwd=made)
+    assert done.returncode == 73
+    assert f"streammerge.json that cannot be read: `streammerge verify {out}`" in done.stderr
+    assert [path.name for path in out.iterdir()] == ["streammerge.json"]
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])

@@ -22,7 +22,7 @@ import streammerge as sm
 from streammerge.errors import BadInput, ConfigError, Problems, Refused, StreammergeError
 from streammerge.storage.folder import open_model
 from streammerge.storage.header import Header
-from streammerge.storage.pickles import read_pickles
+from streammerge.storage.pickles import Pickles
 from streammerge.storage.smallfile import open_regular, pread
 from tests.running import digest, make_inputs, run, tensor_digest, write_recipe
 
@@ -61,7 +61,7 @@ def from_safetensors(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def read(path: Path) -> Header:
     problems = Problems()
-    headers = read_pickles([path], problems)
+    headers = Pickles().read([path], problems)
     problems.raise_any()
     return headers[0]
 
@@ -135,6 +135,49 @@ def test_without_the_option_nothing_is_opened(inputs: Path, tmp_path: Path, fold
     assert allowed.returncode == 0, allowed.stderr
 
 
+def facts(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What `inspect` says of a base and an adapter, but where they are."""
+    paths = ("base", "lora-0", "--base", "base", "--json")
+    done = run("inspect", *paths, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return [{**one, "path": None} for one in json.loads(done.stdout)]
+
+
+def test_inspect_says_of_them_what_it_says_of_safetensors(inputs: Path) -> None:
+    before = digest(inputs / "pickled")
+    told = facts(inputs / "pickled", "--allow-pickle")
+    assert [one["kind"] for one in told] == ["model", "LoRA"]
+    assert told == facts(inputs)
+    assert digest(inputs / "pickled") == before
+
+
+@pytest.mark.parametrize("path", ["base", "lora-0"])
+def test_inspect_opens_none_without_the_option(inputs: Path, path: str) -> None:
+    done = run("inspect", path, cwd=inputs / "pickled")
+    assert done.returncode == 65
+    assert "--allow-pickle" in done.stderr
+
+
+def test_inspect_says_what_it_can_of_one_that_cannot_be_merged(
+    inputs: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(inputs / "pickled" / "lora-0", tmp_path / "own"))
+    config = own / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "sometimes"}))
+    done = run("inspect", own, "--allow-pickle", "--json")
+    told = json.loads(done.stdout)[0]
+    assert done.returncode == 65 and "bias" in told["hindered_by"][0]
+    assert told["ranks"] == facts(inputs)[1]["ranks"]
+
+
+def test_inspect_takes_a_bare_pickle_for_a_model(tmp_path: Path) -> None:
+    """Without a config, as old checkpoints come: its name says what it is."""
+    torch.save({"weight": torch.ones(3, 5)}, tmp_path / "pytorch_model.bin")
+    assert "is not a model in safetensors" in run("inspect", tmp_path).stderr
+    done = run("inspect", tmp_path, "--allow-pickle", "--json")
+    assert json.loads(done.stdout)[0]["parameters"] == 15
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_tied_head_lies_where_its_embedding_lies(tmp_path: Path, shared: bool) -> None:
     """transformers saved both names of one tensor; from safetensors it comes to the same."""
@@ -159,7 +202,7 @@ def test_a_tied_head_lies_where_its_embedding_lies(tmp_path: Path, shared: bool)
 def test_safetensors_win_where_both_are_there(inputs: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(inputs / "base", tmp_path / "own"))
     (own / "pytorch_model.bin").write_bytes(b"never opened")
-    assert all(h.path.endswith(".safetensors") for h in open_model(own, allow_pickle=True).shards)
+    assert all(h.path.endswith(".safetensors") for h in open_model(own, Pickles()).shards)
 
 
 # ------------------------------------------------------------------------------------ one file
@@ -224,7 +267,7 @@ def test_all_bad_files_of_a_model_are_named(inputs: Path, tmp_path: Path) -> Non
     for path in own.glob("*.bin"):
         path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(Refused) as caught:
-        open_model(own, allow_pickle=True)
+        open_model(own, Pickles())
     assert [problem.exit_code for problem in caught.value.problems] == [65, 65]
 
 

@@ -101,6 +101,8 @@ def test_the_command_says_what_it_looked_at(inputs: Path, made: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "14 tensors read: every checksum is right" in done.stdout
     assert "4 tiles derived again: equal byte for byte" in done.stdout
+    assert "not read" not in done.stdout
+    assert "data       not read: --read-data" in run("verify", made).stdout
     found = json.loads(run("verify", made, "--json").stdout)
     assert (found["tensors"], found["summed"], found["derived"]) == (20, None, None)
     assert digest(made) == before
@@ -147,10 +149,13 @@ SPOILED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("extra is in the record and not in the shards",),
     ),
     "missing shard": (lambda out: (out / SECOND).unlink(), (f"{SECOND}: is missing",)),
-    "short shard": (lambda out: os.truncate(out / SECOND, 9999), (f"{SECOND}: ", "past the end")),
+    "short shard": (
+        lambda out: os.truncate(out / SECOND, 9999),
+        (f"{SECOND}: has not the size that was written", "9999 bytes", "merge again with --force"),
+    ),
     "long shard": (
         lambda out: os.truncate(out / SECOND, (out / SECOND).stat().st_size + 1),
-        (f"{SECOND}: ", "1 bytes at the end"),
+        (f"{SECOND}: has not the size that was written",),
     ),
     "another dtype": (_relabel, (f"{FIRST}: has not the header that was written",)),
     "config edited": (
@@ -182,6 +187,14 @@ def test_structure_that_is_spoiled_is_named(out: Path, case: str) -> None:
     assert str(out) in str(caught.value) and "  remedy:" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_byte_too_many_is_told_by_both_sizes(out: Path) -> None:
+    size = (out / SECOND).stat().st_size
+    os.truncate(out / SECOND, size + 1)
+    with pytest.raises(BadInput) as caught:
+        verify(out)
+    assert (caught.value.found, caught.value.expected) == (f"{size + 1} bytes", f"{size} bytes")
 
 
 def test_all_that_is_wrong_is_said_at_once(out: Path) -> None:
@@ -290,6 +303,19 @@ def test_no_output_is_exit_66(tmp_path: Path) -> None:
     done = run("verify", tmp_path / "none")
     assert done.returncode == 66
     assert f"{tmp_path / 'none'}: there is no such output" in done.stderr
+
+
+def test_one_that_is_half_done_is_told_from_none(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr("streammerge.building.write_companions", None)
+        sm.merge(inputs / "ties.yaml", out=out)
+    done = run("verify", out)
+    assert done.returncode == 66
+    assert f"a merge that is half done, in {tmp_path / '.out.streammerge'}" in done.stderr
+    assert "run the command of that merge again" in done.stderr
 
 
 def test_options_that_lead_to_inputs_are_refused_where_none_are_read(made: Path) -> None:

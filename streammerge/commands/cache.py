@@ -55,8 +55,9 @@ class Found:
     def __str__(self) -> str:
         stale = ", stale" if self.stale else ""
         return (
-            f"{self.run.path.name}  {format_size(self.nbytes)}  {_WORDS[self.state]}{stale}; "
-            f"{self.run.owner}, since {self.run.start}, for {self.run.output}"
+            f"{self.run.path.name}  {format_size(self.nbytes)}  {_WORDS[self.state]}{stale}\n"
+            f"  for {self.run.output}\n"
+            f"  by {self.run.owner}, since {self.run.start}"
         )
 
 

@@ -11,38 +11,40 @@ from typing import Any
 from streammerge.adapters.config import LoraConfig
 from streammerge.adapters.faults import Findings
 from streammerge.adapters.folder import CONFIG as ADAPTER_CONFIG
-from streammerge.adapters.folder import WEIGHTS, AdapterFolder, find_adapter, open_adapter
+from streammerge.adapters.folder import AdapterFolder, find_adapter, open_adapter, read_weights
 from streammerge.adapters.heads import with_named_head
 from streammerge.adapters.keys import Contents, sort_tensors
 from streammerge.adapters.resolve import resolve_adapter
 from streammerge.adapters.saved import Saved, gather
 from streammerge.errors import Problems, StreammergeError
 from streammerge.sizes import format_size
-from streammerge.storage.folder import CONFIG, INDEX, SINGLE, ModelFolder, open_model
-from streammerge.storage.header import Header, read_header
+from streammerge.storage.folder import ModelFolder, holds_model, open_model
+from streammerge.storage.header import Header
+from streammerge.storage.pickles import Pickles
 from streammerge.storage.references import display_name, resolve
 
 
-def examine(reference: str, base: str | None, problems: Problems) -> dict[str, Any]:
+def examine(
+    reference: str, base: str | None, problems: Problems, pickles: Pickles | None = None
+) -> dict[str, Any]:
     """The facts of one folder; with `base`, what an adapter would touch there.
 
+    `pickles` is the leave to look into those of a folder that holds no safetensors.
     What hinders a merge goes to `problems`, and as text into the facts, which then are those that
     could be found. Raises StreammergeError for a folder that is neither a model nor an adapter.
     """
     path = resolve(reference, None, [Path.cwd()])
     if not _holds_adapter(path):
-        return _model(path, open_model(path))
+        return _model(path, open_model(path, pickles))
     hindered = Problems()
-    facts = _adapter(find_adapter(path), base, hindered)
+    facts = _adapter(find_adapter(path), base, pickles, hindered)
     for problem in hindered:
         problems.add(problem)
     return {**facts, "hindered_by": [str(problem) for problem in hindered]}
 
 
 def _holds_adapter(path: Path) -> bool:
-    if os.path.exists(path / ADAPTER_CONFIG):
-        return True
-    return not any(os.path.exists(path / name) for name in (CONFIG, INDEX, SINGLE))
+    return os.path.exists(path / ADAPTER_CONFIG) or not holds_model(path)
 
 
 def _model(path: Path, folder: ModelFolder) -> dict[str, Any]:
@@ -70,30 +72,25 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
     return str(names[0]) if isinstance(names, list) and names else config.get("model_type")
 
 
-def _adapter(path: Path, base: str | None, problems: Problems) -> dict[str, Any]:
+def _adapter(
+    path: Path, base: str | None, pickles: Pickles | None, problems: Problems
+) -> dict[str, Any]:
     name, folder, header = display_name(path), None, None
     try:
-        folder = open_adapter(path, name)
+        folder = open_adapter(path, name, pickles)
         header = folder.header
     except StreammergeError as problem:
         problems.add(problem)
-        header = _header(path)
+        why_not = Problems()  # known already
+        header = read_weights(path, pickles, why_not)
     facts: dict[str, Any] = {"kind": "adapter", "path": str(path)}
     if header is not None:
         facts |= _tensors(header, folder.config if folder else None)
     if folder is not None:
         facts |= _config(folder)
     if folder is not None and base is not None:
-        facts |= _on_base(folder, base, problems)
+        facts |= _on_base(folder, base, pickles, problems)
     return facts
-
-
-def _header(path: Path) -> Header | None:
-    """Of an adapter that could not be opened; why not is known already."""
-    try:
-        return read_header(path / WEIGHTS)
-    except StreammergeError:
-        return None
 
 
 def _tensors(header: Header, config: LoraConfig | None) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def _tensors(header: Header, config: LoraConfig | None) -> dict[str, Any]:
         "ranks": sorted({pair.rank for pair in contents.pairs}),
         "scales": sorted(scales),
         "tensors": len(header.tensors),
-        "bytes": header.data_bytes,
+        "bytes": sum(extent.spec.nbytes for extent in header.tensors.values()),
         "targets": _counted(modules),
         "replaces": _counted([name.removesuffix(".weight") for name in saved]),
     }
@@ -135,9 +132,12 @@ def _config(folder: AdapterFolder) -> dict[str, Any]:
     }
 
 
-def _on_base(folder: AdapterFolder, base: str, problems: Problems) -> dict[str, Any]:
+def _on_base(
+    folder: AdapterFolder, base: str, pickles: Pickles | None, problems: Problems
+) -> dict[str, Any]:
     try:
-        model = with_named_head(open_model(resolve(base, None, [Path.cwd()])), folder)
+        opened = open_model(resolve(base, None, [Path.cwd()]), pickles)
+        model = with_named_head(opened, folder)
         found = resolve_adapter(folder, model.tensors, model.config, model.ties)
     except StreammergeError as problem:
         problems.add(problem)

@@ -33,7 +33,7 @@ from streammerge.words import Extent, Tile
 from streammerge.work import Worker
 
 _CHUNK_BYTES = 4 << 20
-_REMEDY = "merge again; if it stays so, check memory and disks of this machine"
+_REMEDY = "merge again with --force; if it stays so, check memory and disks of this machine"
 
 
 @dataclass(frozen=True, slots=True)

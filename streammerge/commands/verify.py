@@ -17,19 +17,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from streammerge.errors import InputMissing, Problems, StorageError, StreammergeError
+from streammerge.errors import BadInput, InputMissing, Problems, StorageError, StreammergeError
 from streammerge.kernels.casts import not_finite_stored
 from streammerge.storage.checksum import checksum, combine
 from streammerge.storage.folder import open_model
 from streammerge.storage.header import Header, read_header
 from streammerge.storage.record import RECORD, Record, read_record
+from streammerge.storage.rundir import JOURNAL, state_folder
 from streammerge.storage.smallfile import bad, open_regular, pread, read_small
 from streammerge.words import Extent
 
 _T = TypeVar("_T")
 
 _CHUNK_BYTES = 4 << 20
-_RESTORE = "copy the output again from where it was made, or merge again"
+_RESTORE = "copy the output again from where it was made, or merge again with --force"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,7 @@ def verify(out: Path, *, read_data: bool = False) -> Verified:
     `BadInput` for one thing that is wrong, `Refused` for several, each with its file.
     """
     if not out.is_dir():
-        what, remedy = "there is no such output", "name the folder of a finished merge"
-        raise InputMissing(what, where=str(out), remedy=remedy)
+        raise _no_output(out)
     if not (out / RECORD).exists():
         what, remedy = f"holds no {RECORD}", "name the folder of a finished merge"
         raise bad(str(out), what, remedy=remedy)
@@ -83,13 +83,23 @@ def verify(out: Path, *, read_data: bool = False) -> Verified:
     )
 
 
+def _no_output(out: Path) -> InputMissing:
+    what, remedy, state = "there is no such output", "name the folder of a finished merge", None
+    if (state_folder(out) / JOURNAL).exists():
+        state = f"a merge that is half done, in {state_folder(out)}"
+        remedy = "run the command of that merge again: it goes on"
+    return InputMissing(what, where=str(out), found=state, remedy=remedy)
+
+
 def describe(found: Verified) -> str:
     """The result for a person."""
     lines = [
         f"structure  {found.tensors} tensors in {found.shards} shard(s), "
         f"{found.files} other files: as recorded"
     ]
-    if found.summed is not None:
+    if found.summed is None:
+        lines.append("data       not read: --read-data holds every tensor to its checksum")
+    else:
         lines.append(f"data       {found.summed} tensors read: every checksum is right")
         if found.unsummed:
             equal = "have its bytes" if found.compared is not None else "have none"
@@ -131,6 +141,9 @@ def _try(problems: Problems, action: Callable[[], _T]) -> _T | None:
     except InputMissing as error:  # a part of the output is not there: the output is damaged
         found = error.found or "nothing"
         problems.add(bad(str(error.where), "is missing", found, remedy=_RESTORE))
+    except BadInput as error:  # whoever found it takes the output for any model
+        error.remedy = _RESTORE
+        problems.add(error)
     except StreammergeError as error:
         problems.add(error)
     return None
@@ -145,10 +158,11 @@ def _check_file(path: Path, digest: str) -> None:
 
 def _checked_header(path: Path, record: Record) -> Header:
     expected = record.shards[path.name]
+    with open_regular(os.fspath(path)) as (_, stamp):  # first: a header says less of a cut file
+        if stamp.st_size != expected.bytes:
+            found, wanted = f"{stamp.st_size} bytes", f"{expected.bytes} bytes"
+            raise bad(str(path), "has not the size that was written", found, wanted, _RESTORE)
     header = read_header(path)
-    if header.size_bytes != expected.bytes:
-        found, wanted = f"{header.size_bytes} bytes", f"{expected.bytes} bytes"
-        raise bad(str(path), "has not the size that was written", found, wanted, _RESTORE)
     if header.digest != expected.header_sha256:
         found, wanted = f"sha256 {header.digest}", f"sha256 {expected.header_sha256}"
         raise bad(str(path), "has not the header that was written", found, wanted, _RESTORE)

@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from heapq import nlargest
 
 from streammerge import system
-from streammerge.errors import BudgetError
-from streammerge.memory import STATES
+from streammerge.memory import STATES, over_budget
 from streammerge.planning.cost import MOST_JOBS, Demand
-from streammerge.sizes import format_size
 
 MIB = 1 << 20
 
 # What Python, the pool and the journal take besides the buffers: chosen, and held to by
 # scripts/memory.
 _FIXED_BYTES = 8 * MIB
-# Processes start with a MiB more or less; the least budget that is named must do for the next one.
-_START_SPREAD = 4 * MIB
 # What zarr takes: 7 MiB for the metadata of a group and its arrays, and some more of them.
 _SPILL_BYTES = 10 * MIB
 # A thread's stack, and the page-cache folios at both ends of the range that it has mapped.
@@ -78,10 +74,4 @@ def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight
         if flight.projected_bytes <= budget_bytes:
             return flight
     least = min(flight.projected_bytes for flight in options)
-    least = -(-(least + _START_SPREAD) // MIB) * MIB
-    raise BudgetError(
-        "this merge does not fit the memory budget",
-        least_bytes=least,
-        found=f"a budget of {format_size(budget_bytes)}",
-        remedy=f"--memory {least // MIB}MiB is the least that would do",
-    )
+    raise over_budget("this merge", least, budget_bytes)

@@ -20,6 +20,7 @@ from streammerge.recipe import Entry, Recipe, Reference
 from streammerge.storage.bytesource import Stamp
 from streammerge.storage.folder import ModelFolder, open_model
 from streammerge.storage.header import Header
+from streammerge.storage.pickles import Pickles
 from streammerge.storage.references import display_name, resolve
 
 _T = TypeVar("_T")
@@ -77,10 +78,10 @@ class Inputs:
 class _Opener:
     """Opens each folder once, and keeps what went wrong."""
 
-    def __init__(self, recipe: Recipe, problems: Problems, *, allow_pickle: bool) -> None:
+    def __init__(self, recipe: Recipe, problems: Problems, pickles: Pickles | None) -> None:
         self._places: Sequence[Path] = (recipe.folder, Path.cwd())
         self._problems = problems
-        self._allow_pickle = allow_pickle
+        self._pickles = pickles
         self._models: dict[str, ModelFolder | None] = {}
 
     def path(self, reference: Reference) -> Path | None:
@@ -93,7 +94,7 @@ class _Opener:
             return None
         key = os.path.realpath(path)
         if key not in self._models:
-            opened = lambda: open_model(path, allow_pickle=self._allow_pickle)  # noqa: E731
+            opened = lambda: open_model(path, self._pickles)  # noqa: E731
             self._models[key] = self._try(opened, reference)
         return self._models[key]
 
@@ -101,9 +102,9 @@ class _Opener:
         path = self.path(entry.adapter) if entry.adapter else None
         if path is None or entry.adapter is None:
             return None
-        residual, allow_pickle = entry.assume_residual_base, self._allow_pickle
+        residual = entry.assume_residual_base
         opened = lambda: open_adapter(  # noqa: E731
-            path, entry.name, assume_residual_base=residual, allow_pickle=allow_pickle
+            path, entry.name, self._pickles, assume_residual_base=residual
         )
         return self._try(opened, entry.adapter)
 
@@ -124,9 +125,11 @@ class _Opener:
             return None
 
 
-def open_inputs(recipe: Recipe, problems: Problems, *, allow_pickle: bool = False) -> Inputs | None:
+def open_inputs(
+    recipe: Recipe, problems: Problems, pickles: Pickles | None = None
+) -> Inputs | None:
     """Open everything that the recipe names; None when something could not be opened."""
-    opener = _Opener(recipe, problems, allow_pickle=allow_pickle)
+    opener = _Opener(recipe, problems, pickles)
     before = len(problems)
     base = opener.model(recipe.base) if recipe.base else None
     opened = [(entry, opener.model(entry.model), opener.adapter(entry)) for entry in recipe.entries]

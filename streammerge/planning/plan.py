@@ -30,6 +30,7 @@ from streammerge.planning.vocabulary import settle_vocabulary
 from streammerge.recipe import Recipe
 from streammerge.storage.bytesource import Files, Io
 from streammerge.storage.folder import INDEX
+from streammerge.storage.pickles import Pickles
 from streammerge.storage.shard import ShardLayout
 from streammerge.storage.spill import SpillStore
 
@@ -49,6 +50,7 @@ class Plan:
     store: SpillStore
     demand: Demand
     flight: Flight
+    pickles_bytes: int  # the peak while torch looked into pickles, with torch; 0 without any
     spilled_at_once: int  # bytes on disk
     budget_bytes: int
     seconds: float
@@ -82,6 +84,11 @@ class Plan:
 
     def output_bytes(self) -> int:
         return sum(layout.size_bytes for layout in self.layouts)
+
+    @property
+    def projected_bytes(self) -> int:
+        """The peak resident memory of all that runs at once: of the merge, or before it begins."""
+        return max(self.flight.projected_bytes, self.pickles_bytes)
 
     @property
     def trims(self) -> bool:
@@ -131,7 +138,8 @@ class Plan:
             "shards": len(self.layouts),
             "device": self.device.name,
             "budget_bytes": self.budget_bytes,
-            "projected_peak_bytes": self.flight.projected_bytes,
+            "projected_peak_bytes": self.projected_bytes,
+            "pickles_peak_bytes": self.pickles_bytes,
             "threads": self.flight.threads,
             "seconds": round(self.seconds, 1),
             "notes": list(self.notes),
@@ -165,7 +173,8 @@ def make_plan(
     `budget_bytes` bounds the peak resident memory of the whole process. A merge that cannot fit is
     one of the problems (BudgetError).
     """
-    inputs = open_inputs(recipe, problems, allow_pickle=allow_pickle)
+    pickles = Pickles(budget_bytes) if allow_pickle else None
+    inputs = open_inputs(recipe, problems, pickles)
     if inputs is None:
         return None
     notes = check_models(inputs, problems)
@@ -214,6 +223,7 @@ def make_plan(
         store=store,
         demand=fit.demand,
         flight=fit.flight,
+        pickles_bytes=pickles.peak_bytes if pickles else 0,
         spilled_at_once=fit.spilled_at_once,
         budget_bytes=budget_bytes,
         seconds=seconds,

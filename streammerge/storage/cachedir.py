@@ -23,6 +23,7 @@ from typing import Literal
 
 from streammerge.errors import OutputRefused, StorageError
 from streammerge.storage.owner import Owner
+from streammerge.storage.room import below
 
 _ABOUT = "run.json"
 _NEW = "run.json.new"  # on its way to that name
@@ -83,11 +84,11 @@ class CachedRun:
 
     def nbytes(self) -> int:
         """What its files take."""
-        return sum(entry.st_size for entry in _entries(self.path))
+        return sum(entry.st_size for entry in below(self.path))
 
     def last_written(self) -> float:
         """When anything in it was last written, in seconds since 1970."""
-        return max((entry.st_mtime for entry in _entries(self.path)), default=0.0)
+        return max((entry.st_mtime for entry in below(self.path)), default=0.0)
 
     def remove(self) -> None:
         """What it spilled, then its `run.json`, then the folder; StorageError where that fails."""
@@ -175,12 +176,3 @@ def _read(path: Path) -> CachedRun | None:
         return CachedRun(path, *place, owner, str(about["start"]), bool(about["finished"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _entries(folder: Path) -> Iterator[os.stat_result]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                yield os.lstat(os.path.join(parent, name))
-            except FileNotFoundError:  # a running merge removes what it has used
-                continue

@@ -10,7 +10,7 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from streammerge.errors import BadInput, InputMissing, Problems, StreammergeError
 from streammerge.storage.header import Header, read_headers
-from streammerge.storage.pickles import WAY_OUT, read_pickles
+from streammerge.storage.pickles import WAY_OUT, Pickles
 from streammerge.storage.smallfile import REPAIR, bad, parse_json, read_small, show, unreadable
 from streammerge.storage.ties import find_ties
 from streammerge.words import FLOAT_NAMES, DType, Extent
@@ -39,7 +39,6 @@ class _Kind:
     index: str
     suffix: str
     shard: re.Pattern[str]  # their usual names
-    read: Callable[[Sequence[Path], Problems], list[Header]]
 
 
 _SAFETENSORS = _Kind(
@@ -47,7 +46,6 @@ _SAFETENSORS = _Kind(
     INDEX,
     ".safetensors",
     re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
-    read_headers,
 )
 
 _PICKLES = _Kind(
@@ -55,7 +53,6 @@ _PICKLES = _Kind(
     "pytorch_model.bin.index.json",
     ".bin",
     re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"),
-    read_pickles,
 )
 
 
@@ -109,14 +106,14 @@ class ModelFolder:
         return any(name in shard.tensors for shard in self.shards)
 
 
-def open_model(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
+def open_model(path: Path, pickles: Pickles | None = None) -> ModelFolder:
     """Read the headers, the index and the config of a model folder.
 
-    `allow_pickle` takes the pickles of a folder that holds no safetensors; see `storage.pickles`.
+    `pickles` is the leave to look into those of a folder that holds no safetensors.
     Raises `InputMissing` or `BadInput` for one problem, `Refused` for several, each with its file.
     """
     names = list_folder(path)
-    kind = _kind(path, names, allow_pickle)
+    kind = _kind(path, names, pickles)
     problems, notes = Problems(), list[str]()
     config = _config(path, names, problems, notes)
     indexed = kind.index in names
@@ -124,7 +121,8 @@ def open_model(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
     used = sorted(set(weight_map.values())) if indexed else [kind.single]
     if used:
         _check_leftovers(path, kind, names - set(used), problems, notes)
-    shards = _read_shards(path, kind, used, names, problems)
+    read = pickles.read if pickles and kind is _PICKLES else read_headers
+    shards = read(_present(path, kind, used, names, problems), problems)
     if weight_map:
         _check_placement(kind, weight_map, shards, problems)
         if kind is _SAFETENSORS and len(shards) == len(used):  # pickles share bytes among tensors
@@ -147,6 +145,13 @@ def shard_names(count: int) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------- what kind of folder
 
 
+def holds_model(path: Path) -> bool:
+    """Whether anything in a folder says that it is a model's, be it one that cannot be opened."""
+    kinds = (_SAFETENSORS, _PICKLES)
+    names = [CONFIG, *(name for kind in kinds for name in (kind.single, kind.index))]
+    return any(os.path.exists(path / name) for name in names)
+
+
 def list_folder(path: Path) -> frozenset[str]:
     where = os.fspath(path)
     try:
@@ -164,7 +169,7 @@ def list_folder(path: Path) -> frozenset[str]:
         raise unreadable(where, error) from error
 
 
-def _kind(path: Path, names: frozenset[str], allow_pickle: bool) -> _Kind:
+def _kind(path: Path, names: frozenset[str], pickles: Pickles | None) -> _Kind:
     """How the folder's weights are stored; raises when it is not one that holds a model's."""
     where, what = str(path), "is not a model in safetensors"
     if "model_index.json" in names:
@@ -174,7 +179,7 @@ def _kind(path: Path, names: frozenset[str], allow_pickle: bool) -> _Kind:
         raise bad(where, what, found, _WEIGHTS, "name the folder of one of its models")
     if INDEX in names or SINGLE in names:
         return _SAFETENSORS
-    if allow_pickle and names & {_PICKLES.single, _PICKLES.index}:
+    if pickles and names & {_PICKLES.single, _PICKLES.index}:
         return _PICKLES
     raise _another_kind(where, what, names)
 
@@ -324,14 +329,14 @@ def _check_leftovers(
         notes.append(f"not read: {_some(others)}")
 
 
-def _read_shards(
+def _present(
     path: Path, kind: _Kind, files: Sequence[str], names: frozenset[str], problems: Problems
-) -> list[Header]:
+) -> list[Path]:
     what, remedy = f"is listed in {kind.index} and not there", "download the folder again"
     for file in files:
         if file not in names:
             problems.add(InputMissing(what, where=str(path / file), remedy=remedy))
-    return kind.read([path / file for file in files if file in names], problems)
+    return [path / file for file in files if file in names]
 
 
 def _check_placement(

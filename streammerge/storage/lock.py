@@ -121,6 +121,12 @@ class Lock:
                 os.close(self._descriptor)
 
 
+def perhaps_at_work(folder: Path) -> Owner | None:
+    """Who may be holding a folder, told without a try to take it; None where nobody is."""
+    owner = Owner.read(folder / _OWNER)
+    return None if owner is None or owner.is_dead() or owner == Owner.this() else owner
+
+
 def _is_still(path: Path, descriptor: int) -> bool:
     """Whether the path still names the file that was opened."""
     try:

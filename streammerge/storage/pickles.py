@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streammerge.errors import ConfigError, Problems, StreammergeError
+from streammerge import system
+from streammerge.errors import BudgetError, ConfigError, Problems, StreammergeError
+from streammerge.memory import over_budget
 from streammerge.storage.header import Header, TensorTable, checked_entries
 from streammerge.storage.smallfile import bad, open_regular
 from streammerge.storage.unpickle import LEAST_TORCH, is_safe
@@ -25,6 +27,9 @@ from streammerge.words import DType
 
 WAY_OUT = "or read its tensors, and nothing else, with --allow-pickle"
 _CONVERT = "convert it to safetensors where you trust it"
+# What the other process takes: torch 2.13 for the CPU 219 MiB, and 2 KiB for each tensor. One that
+# takes more, as a build for CUDA may, is found out when it is done.
+LOOK_BYTES = 240 << 20
 _UNPICKLE = Path(__file__).with_name("unpickle.py")
 _DTYPES = {
     "bool": DType.BOOL,
@@ -45,32 +50,52 @@ _DTYPES = {
 }
 
 
-def read_pickles(paths: Sequence[Path], problems: Problems) -> list[Header]:
-    """The tables of those pickles that hold tensors and nothing else; no tensor byte is read.
+class Pickles:
+    """Leave to look into pickles, within a budget, and the memory that it took."""
 
-    What is wrong with the others is a problem: `BadInput` where they hold more, `ConfigError` where
-    there is no torch that can be trusted with them.
-    """
-    stamps: dict[str, os.stat_result] = {}
-    found = []
-    try:
-        for path in map(os.fspath, paths):
-            with open_regular(path) as (_, stamps[path]):
-                pass
-        answers = _ask(list(stamps))
-    except StreammergeError as error:
-        problems.add(error)
-        return []
-    for (path, stamp), answer in zip(stamps.items(), answers, strict=True):
+    def __init__(self, budget_bytes: int | None = None) -> None:
+        """`budget_bytes` bounds what this process and torch's hold together; None: nothing does."""
+        self._budget_bytes = budget_bytes
+        self._refused: BudgetError | None = None  # one error, however many folders come to it
+        self.peak_bytes = 0  # of both, as foreseen and as it was; 0 where there was no pickle
+
+    def read(self, paths: Sequence[Path], problems: Problems) -> list[Header]:
+        """The tables of those pickles that hold tensors and nothing else; no tensor byte is read.
+
+        What is wrong with the others is a problem: `BadInput` where they hold more, `ConfigError`
+        where there is no torch that can be trusted with them, or no memory for it (`BudgetError`).
+        """
+        stamps: dict[str, os.stat_result] = {}
+        found = []
         try:
-            found.append(_header(path, stamp, answer))
+            for path in map(os.fspath, paths):
+                with open_regular(path) as (_, stamps[path]):
+                    pass
+            self._account(LOOK_BYTES)
+            answers, peak_bytes = _ask(list(stamps))
+            self._account(peak_bytes)
         except StreammergeError as error:
             problems.add(error)
-    return found
+            return []
+        for (path, stamp), answer in zip(stamps.items(), answers, strict=True):
+            try:
+                found.append(_header(path, stamp, answer))
+            except StreammergeError as error:
+                problems.add(error)
+        return found
+
+    def _account(self, others_bytes: int) -> None:
+        """Count what the other process takes, beside this one."""
+        self.peak_bytes = max(self.peak_bytes, system.resident_bytes() + others_bytes)
+        if self._budget_bytes is not None and self.peak_bytes > self._budget_bytes:
+            what, otherwise = "torch, which looks into pickles,", "; or convert them to safetensors"
+            peak, budget = self.peak_bytes, self._budget_bytes
+            self._refused = self._refused or over_budget(what, peak, budget, otherwise)
+            raise self._refused
 
 
-def _ask(paths: list[str]) -> list[dict[str, Any]]:
-    """What torch says of each file; `unpickle.py` says in which form."""
+def _ask(paths: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """What torch says of each file, and the memory it took; `unpickle.py` says in which form."""
     command = [sys.executable, "-P", str(_UNPICKLE), *paths]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     version, *answers = map(json.loads, done.stdout.splitlines() or [b"null"])
@@ -82,12 +107,14 @@ def _ask(paths: list[str]) -> list[dict[str, Any]]:
             expected=f"torch {least} or newer",
             remedy=f"pip install 'streammerge[pickle]', or {_CONVERT}",
         )
-    if len(answers) < len(paths):
+    if len(answers) <= len(paths):
         last = (done.stderr.decode("utf-8", "replace").splitlines() or [""])[-1]
         found = f"exit code {done.returncode} {last}".rstrip()
         what = "brought down the process that looked into it"
-        raise bad(paths[len(answers)], what, found, "a file of torch.save", _CONVERT)
-    return answers
+        at = min(len(answers), len(paths) - 1)
+        raise bad(paths[at], what, found, "a file of torch.save", _CONVERT)
+    *answers, peak = answers
+    return answers, peak["peak_bytes"]
 
 
 def _header(path: str, stamp: os.stat_result, answer: dict[str, Any]) -> Header:

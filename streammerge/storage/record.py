@@ -15,7 +15,7 @@ RECORD = "streammerge.json"
 RECIPE = "streammerge.yaml"
 FORMAT = 1
 
-_REMEDY = "restore the file from a copy of the output, or merge again"
+_REMEDY = "restore it from a copy of the output, or remove the folder and merge again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""Whether a file system has room for an output: bytes, files, and how large one may be."""
+"""Room on a file system: what a folder takes there, and whether an output fits."""
 
 from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from streammerge import system
@@ -18,9 +18,9 @@ def check_room(folder: Path, sizes: Sequence[int]) -> None:
     What the folder holds already is taken to be part of them: an unfinished run goes on there.
     """
     problems = Problems()
-    there = _below(folder)
+    there = list(below(folder))
     free = os.statvfs(_existing(folder))
-    room = system.free_bytes(str(_existing(folder))) + sum(one.st_blocks * 512 for one in there)
+    room = system.free_bytes(str(_existing(folder))) + taken_bytes(folder)
     if room < sum(sizes):
         found, expected = f"{format_size(room)} free", format_size(sum(sizes))
         problems.add(_short("not enough space for the output", folder, found, expected))
@@ -52,6 +52,16 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _below(folder: Path) -> list[os.stat_result]:
-    """Every file below a folder."""
-    return [path.lstat() for path in folder.rglob("*") if path.is_file()]
+def taken_bytes(folder: Path) -> int:
+    """What the files of a folder take on the disk, reserved or written."""
+    return sum(one.st_blocks * 512 for one in below(folder))
+
+
+def below(folder: Path) -> Iterator[os.stat_result]:
+    """Every file below a folder, which others may be at work in."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                yield os.lstat(os.path.join(parent, name))
+            except FileNotFoundError:  # a running merge removes what it has used
+                continue

@@ -50,11 +50,14 @@ def check_output(out: Path, *, force: bool, differences: Sequence[str] = ()) -> 
             what, remedy = "a mount point cannot be replaced as a whole", "empty it first"
             raise OutputRefused(what, where=str(out), remedy=remedy)
         return
-    found = f"a folder without {RECORD}"
+    found = f"a folder without {RECORD}, so not made by streammerge"
+    remedy = "choose another --out, or move away what is there: --force leaves it alone"
     if ours:
+        remedy = "--force replaces it, or choose another --out"
         damaged = f"a damaged result: `streammerge verify {out}` says what is wrong"
         found = f"the result of another merge: {'; '.join(differences)}" if differences else damaged
-    remedy = "--force replaces it, or choose another --out" if ours else "choose another --out"
+    elif (out / RECORD).exists():
+        found = f"a {RECORD} that cannot be read: `streammerge verify {out}` says why"
     raise OutputRefused("the output exists", where=str(out), found=found, remedy=remedy)
 
 
@@ -199,18 +202,22 @@ class RunDirectory:
             raise StorageError(text, where=str(self.path), remedy=remedy) from error
 
 
-def clear_state(out: Path) -> None:
+def clear_state(out: Path) -> Path | None:
     """Remove what a run left that was killed between publishing and tidying up.
 
-    A merge that is half done, which was to replace the output, can be gone on with.
+    A merge that is half done, which was to replace the output, can be gone on with: its folder
+    stays, and is returned.
     """
     whole = out.absolute()
     for folder in (_beside(whole), whole / _INSIDE):
         built = folder / _OUTPUT
         half_done = (folder / JOURNAL).exists() and built.exists() and any(built.iterdir())
-        if folder.exists() and not half_done:
+        if half_done:
+            return folder
+        if folder.exists():
             with RunDirectory(out, folder):
                 pass
+    return None
 
 
 def _beside(out: Path) -> Path:

@@ -3,8 +3,9 @@
     python unpickle.py FILE...
 
 The first line of its output is the version of torch, or null; then follows one for each file, with
-its tensors or why it has none to give. torch maps the file and takes nothing but tensors from the
-pickle in it (`weights_only`), so no byte of a tensor is read, and no code in it runs.
+its tensors or why it has none to give, and last the most memory that all this took. torch maps the
+file and takes nothing but tensors from the pickle in it (`weights_only`), so no byte of a tensor is
+read, and no code in it runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ def main(paths: list[str]) -> None:
     if is_safe(torch.__version__):
         for path in paths:
             print(json.dumps(_examined(path)), flush=True)
+        print(json.dumps({"peak_bytes": _peak_bytes()}))
+
+
+def _peak_bytes() -> int:
+    """The largest resident set, as the kernel counts it for this program alone."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
 def is_safe(version: str) -> bool:
