@@ -24,6 +24,7 @@ FLOORS = (
         "grid",
         "noise",
         "memory",
+        "scratch",
         "events",
         "errors",
         "sizes",

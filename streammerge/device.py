@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streammerge.errors import ConfigError
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 
 if TYPE_CHECKING:
     import torch

@@ -11,12 +11,12 @@ import numpy as np
 from streammerge import __version__, events, grid
 from streammerge.errors import BadInput, OutputRefused, StreammergeError
 from streammerge.manner import Manner
-from streammerge.memory import Scratch
 from streammerge.planning import Plan
 from streammerge.planning.differences import Differences, differences
 from streammerge.planning.fingerprint import Identity, minor
 from streammerge.recipe import to_yaml
 from streammerge.report import Change, Changes, Missed, Written, describe_missed
+from streammerge.scratch import Scratch
 from streammerge.sinks.companions import (
     companion_digests,
     copy_donated,

@@ -9,9 +9,9 @@ import numpy as np
 from streammerge.arrays import PerModel
 from streammerge.errors import BadInput
 from streammerge.kernels.casts import not_finite
-from streammerge.memory import Scratch
 from streammerge.planning.inputs import Inputs
 from streammerge.scheduler import Merge
+from streammerge.scratch import Scratch
 from streammerge.sources.dense import Dense
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from streammerge.arrays import Deltas, PerModel, Rows
-    from streammerge.memory import Scratch
+    from streammerge.scratch import Scratch
 
 
 class DType(Enum):

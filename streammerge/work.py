@@ -15,9 +15,9 @@ import numpy as np
 from streammerge.arrays import RawBytes
 from streammerge.device import Lanes, too_small
 from streammerge.kernels.casts import narrow, not_finite
-from streammerge.memory import Scratch
 from streammerge.planning import Plan
 from streammerge.scheduler import Copy, Finish, Item, Measure, Merge
+from streammerge.scratch import Scratch
 from streammerge.sinks.receipts import Receipt
 from streammerge.spoils import Spoils, refuse_overflow
 from streammerge.storage.bytesource import Files

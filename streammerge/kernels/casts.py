@@ -9,7 +9,7 @@ import numpy as np
 
 from streammerge.arrays import RawBytes, Rows
 from streammerge.kernels.faces import two_faced
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import DType
 
 # The numpy type that carries the stored bytes of each float type.

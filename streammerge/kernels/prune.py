@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from streammerge.arrays import Deltas, Rows
-    from streammerge.memory import Scratch
+    from streammerge.scratch import Scratch
 
 ABOVE_ALL = 0x80000000  # greater than the key of any float, NaN included
 KEEP_ALL_EQUAL = 1 << 62

@@ -10,13 +10,13 @@ import numpy as np
 
 from streammerge import grid
 from streammerge.arrays import PerModel, Rows
-from streammerge.memory import Scratch
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.pairs import Pairs
 from streammerge.planning.parts import Assembly
 from streammerge.planning.spill import Choice, Chooser
 from streammerge.planning.spilling import Spilling
 from streammerge.recipe import Recipe
+from streammerge.scratch import Scratch
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.sources.dense import Dense

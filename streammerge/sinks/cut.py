@@ -9,7 +9,7 @@ import numpy as np
 
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.casts import widen
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sinks.receipts import Receipt, Sums
 from streammerge.storage.bytesource import Files
 from streammerge.storage.checksum import checksum

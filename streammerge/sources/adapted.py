@@ -6,7 +6,7 @@ from typing import Protocol
 
 from streammerge.arrays import Rows
 from streammerge.kernels.weighted import add, subtract
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import Factors, OwnStatistic, Source, TensorSpec, Terms, Tile
 
 

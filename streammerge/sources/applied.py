@@ -12,7 +12,7 @@ from streammerge.declarations import Knobs, MethodSpec
 from streammerge.errors import MethodError
 from streammerge.kernels.faces import on_host
 from streammerge.kernels.weighted import add, sum_of_squares
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.needs import Needs
 from streammerge.sources.stack import Stack
 from streammerge.words import Fold, Source, StatisticValue, TensorSpec, Tile

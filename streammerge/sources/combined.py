@@ -12,7 +12,7 @@ from streammerge.arrays import Factor, PerModel, Rows
 from streammerge.declarations import Coefficients, Knobs, MethodSpec
 from streammerge.errors import MethodError
 from streammerge.kernels.weighted import sum_of_squares
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.needs import Needs
 from streammerge.sources.together import add_times, together
 from streammerge.storage.bytesource import Files

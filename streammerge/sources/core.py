@@ -19,7 +19,7 @@ import numpy as np
 
 from streammerge.errors import BadInput
 from streammerge.kernels.spectral import basis, triangle
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.low_rank import Product
 from streammerge.words import Factors, Matrix, Source, Tile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streammerge.arrays import Rows
 from streammerge.kernels.casts import widen
 from streammerge.kernels.weighted import subtract
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent, OwnStatistic, TensorSpec, Terms, Tile
 

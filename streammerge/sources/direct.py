@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from streammerge.arrays import PerModel, Rows
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import Fold, StatisticValue, TensorSpec, Tile
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from streammerge import grid
 from streammerge.arrays import Rows
 from streammerge.kernels.norms import norms_of_rows, rescale_columns, rescale_rows
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.low_rank import Product
 from streammerge.sources.vector import HeldVector

@@ -7,7 +7,7 @@ import numpy as np
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.product import multiply
 from streammerge.kernels.weighted import sum_of_squares
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.pairs import Pair
 from streammerge.words import Source, TensorSpec, Tile
 

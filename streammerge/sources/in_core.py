@@ -11,7 +11,7 @@ from streammerge import grid
 from streammerge.arrays import Rows
 from streammerge.declarations import Knobs, MethodSpec
 from streammerge.kernels.spectral import isotropic, shared_bases
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.storage.bytesource import Files

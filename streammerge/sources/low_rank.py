@@ -13,7 +13,7 @@ from streammerge.kernels.casts import widen
 from streammerge.kernels.faces import to_host
 from streammerge.kernels.product import gram, multiply, squared_norms, thinned
 from streammerge.kernels.weighted import copy, multiply_by
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.vector import read_vector
 from streammerge.storage.bytesource import Files
 from streammerge.words import Factors, Matrix, OwnStatistic, Tile

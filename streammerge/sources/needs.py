@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.declarations import Knobs, MethodSpec, Statistic
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
 
 

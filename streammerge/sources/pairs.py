@@ -12,7 +12,7 @@ import numpy as np
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.casts import round_to
 from streammerge.kernels.spectral import svd
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.core import BLOCK, LowRank, core_bytes, core_space
 from streammerge.sources.in_core import Combine
 from streammerge.sources.low_rank import Product

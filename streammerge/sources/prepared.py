@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.arrays import PerModel, Rows
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.stack import Stack
 from streammerge.words import Fold, Merged, OwnStatistic, Source, StatisticValue, TensorSpec, Tile
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from streammerge.arrays import Rows
 from streammerge.kernels.casts import widen
 from streammerge.kernels.weighted import copy, subtract
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent, OwnStatistic, Source, TensorSpec, Terms, Tile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from streammerge.arrays import Rows
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.dense import Dense
 from streammerge.storage.bytesource import Files
 from streammerge.words import Addition, Factors, OwnStatistic, Tile

@@ -17,7 +17,7 @@ from streammerge import grid
 from streammerge.arrays import PerModel, Rows
 from streammerge.kernels.casts import round_to
 from streammerge.kernels.weighted import sum_of_squares
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.stack import Stack
 from streammerge.statistics import sketch
 from streammerge.statistics.sketch import Directions

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from streammerge import grid
 from streammerge.arrays import Rows
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.spill import SpillArray
 from streammerge.words import OwnStatistic, Source, TensorSpec, Terms, Tile
 

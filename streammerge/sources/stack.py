@@ -9,7 +9,7 @@ import numpy as np
 
 from streammerge.arrays import Deltas, Rows
 from streammerge.kernels.product import gram
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import Source, Tile
 
 if TYPE_CHECKING:

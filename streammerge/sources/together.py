@@ -20,7 +20,7 @@ from streammerge.kernels.weighted import (
     multiply_by,
     sum_of_squares,
 )
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.low_rank import Product
 from streammerge.sources.stack import Stack
 from streammerge.storage.bytesource import Files

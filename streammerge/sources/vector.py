@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.kernels.casts import widen
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.bytesource import Files
 from streammerge.words import Extent, Tile
 

@@ -19,7 +19,7 @@ from streammerge.kernels.weighted import (
     sum_of_squared_differences,
     sum_of_squares,
 )
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product
 from streammerge.sources.replaced import Replaced

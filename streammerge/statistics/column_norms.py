@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.kernels.norms import squares_of_columns
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import DeltaStack, TensorSpec, Tile
 
 if TYPE_CHECKING:

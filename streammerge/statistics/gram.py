@@ -16,7 +16,7 @@ import numpy as np
 from streammerge import grid
 from streammerge.declarations import Declared, Knobs
 from streammerge.kernels.product import gram, products_along
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import check_names, of_shared
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile

@@ -31,7 +31,7 @@ from streammerge.kernels.prune import (
     count_nonzero,
     keys,
 )
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.statistics import tally
 from streammerge.statistics.tally import Bracket, Part, Tally, collect
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile

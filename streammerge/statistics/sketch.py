@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.errors import BadInput
-from streammerge.memory import Scratch
 from streammerge.noise import key_of
+from streammerge.scratch import Scratch
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.declarations import Declared, Knobs
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import OfStack
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec, Tile

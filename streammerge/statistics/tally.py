@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streammerge.kernels.prune import ABOVE_ALL, count_and_collect, count_below
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

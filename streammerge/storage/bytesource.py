@@ -21,7 +21,7 @@ import numpy as np
 from streammerge import system
 from streammerge.arrays import RawBytes
 from streammerge.errors import InputChanged
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.smallfile import unreadable
 from streammerge.words import Extent, Tile
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.low_rank import Product
 from streammerge.storage.bytesource import Files
 from streammerge.words import Factors, Tile

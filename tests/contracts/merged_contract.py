@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from streammerge import grid
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.bytesource import Files
 from streammerge.words import Fold, Merged, StatisticValue, Tile
 from tests.oracles.dense import Answer, check

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.storage.bytesource import Files, Io, Stamp
 from streammerge.storage.header import read_header
 from streammerge.words import Extent, Source, Tile

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from streammerge.arrays import Deltas
 from streammerge.declarations import Knobs, Statistic
 from streammerge.kernels.product import gram
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.statistics.saved import restored, saved
 from streammerge.words import DType, Fold, StatisticValue, TensorSpec, Tile
 from tests.oracles.dense import Exact, Single

@@ -15,8 +15,8 @@ from streammerge import grid
 from streammerge.adapters.lora import low_rank as factors_of
 from streammerge.declarations import Knobs
 from streammerge.errors import BadInput
-from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
+from streammerge.scratch import Scratch
 from streammerge.sources.core import LowRank, core_space
 from streammerge.sources.dense import Dense
 from streammerge.sources.direct import Direct

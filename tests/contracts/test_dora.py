@@ -14,8 +14,8 @@ from streammerge import grid
 from streammerge.adapters.lora import low_rank
 from streammerge.declarations import Knobs
 from streammerge.kernels.norms import rescale_columns, rescale_rows
-from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
+from streammerge.scratch import Scratch
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.applied import Applied
 from streammerge.sources.dense import Dense

@@ -27,8 +27,8 @@ from streammerge.kernels import (
 )
 from streammerge.kernels.drop import drop, drop_by_rank
 from streammerge.kernels.prune import ABOVE_ALL, KEEP_ALL_EQUAL, Cut
-from streammerge.memory import Scratch
 from streammerge.noise import Draws, key_of
+from streammerge.scratch import Scratch
 from streammerge.words import DType
 
 torch = pytest.importorskip("torch")

@@ -11,7 +11,7 @@ import pytest
 from streammerge.declarations import Declared, Knobs
 from streammerge.kernels import Cut, trim
 from streammerge.kernels.prune import ABOVE_ALL, keys
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.statistics import KthMagnitude, tally
 from streammerge.statistics.select import Counting, Subject, Thresholds, each_model
 from streammerge.statistics.tally import Bracket, Part, collect

@@ -10,8 +10,8 @@ import pytest
 
 from streammerge import grid
 from streammerge.declarations import Knobs
-from streammerge.memory import Scratch
 from streammerge.methods import CATALOGUE
+from streammerge.scratch import Scratch
 from streammerge.sources.applied import Applied
 from streammerge.sources.combined import Combined
 from streammerge.sources.sketched import Sketch, Sketched

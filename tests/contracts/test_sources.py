@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streammerge.adapters.lora import low_rank
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.adapted import Adapted
 from streammerge.sources.dense import Dense
 from streammerge.sources.low_rank import Product

@@ -15,8 +15,8 @@ import streammerge as sm
 from streammerge import grid
 from streammerge.engine import run as carry_out
 from streammerge.errors import InputChanged, InputMissing
-from streammerge.memory import Scratch
 from streammerge.scheduler import Item
+from streammerge.scratch import Scratch
 from streammerge.work import Worker
 from tests.running import COMMAND, digest, make_inputs, run, write_recipe
 

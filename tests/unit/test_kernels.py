@@ -35,7 +35,7 @@ from streammerge.kernels.weighted import (
     sum_of_squared_differences,
     sum_of_squares,
 )
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.words import DType
 from tests.oracles.dense import rounded
 

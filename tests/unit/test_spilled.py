@@ -11,7 +11,7 @@ import pytest
 
 from streammerge import grid
 from streammerge.arrays import Rows
-from streammerge.memory import Scratch
+from streammerge.scratch import Scratch
 from streammerge.sources.spilled import Spilled
 from streammerge.storage.cachedir import runs
 from streammerge.storage.spill import Kind, SpillArray, SpillStore
