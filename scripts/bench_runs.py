@@ -46,6 +46,7 @@ def timed(command: Sequence[str | Path], out: Path | None = None, **options: Any
         finally:
             if out is not None:
                 shutil.rmtree(out, ignore_errors=True)
+                os.sync()  # or the next run would wait for the disk to forget this one
         told = report.read()
     said = json.loads(stdout) if stdout.startswith("{") else {}
     return Run(

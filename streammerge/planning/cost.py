@@ -131,8 +131,8 @@ def predict_seconds(
 
     `rank` is the sum of the ranks of all adapters, `nanoseconds` what the method says of itself.
     """
-    per_element = 3.5 + 0.035 * rank + (1.6 * models if demand.most_reads > 1 else 0.0)
+    per_element = 1.0 + 0.02 * rank + (1.25 * models if demand.most_reads > 1 else 0.0)
     per_element += nanoseconds * models
     compute = demand.tile_reads * per_element * 1e-9 / threads
     disk = demand.write_bytes / 1.5e9 + demand.read_bytes / 5e9
-    return max(1.3, 1.3 + compute + disk - demand.spill.seconds_spared / threads)
+    return max(1.0, 1.0 + compute + disk - demand.spill.seconds_spared / threads)
