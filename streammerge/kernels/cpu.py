@@ -344,11 +344,11 @@ def drop_by_rank(rows, key, first, low, high, divide, ranks, columns, counts):
 def sum_of_magnitudes(rows):  # [n]
     """In float64, as many sums side by side as are added at once, always in this order."""
     sums = np.zeros(SUMS)
-    for start in range(0, rows.size - SUMS + 1, SUMS):
+    whole = rows.size // SUMS * SUMS
+    for start in range(0, whole, SUMS):
         block = rows[start : start + SUMS]
         for i in range(SUMS):
             sums[i] += abs(np.float64(block[i]))
-    whole = rows.size // SUMS * SUMS
     for i in range(whole, rows.size):
         sums[i - whole] += abs(np.float64(rows[i]))
     total = 0.0
