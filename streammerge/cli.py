@@ -75,7 +75,7 @@ def cli() -> None:
     is_flag=True,
     help="Refuse to go on with a merge that other libraries or another processor began.",
 )
-@click.option("--quiet", is_flag=True, help="No progress and no notes.")
+@click.option("--quiet", is_flag=True, help="Warnings, but no progress and no notes.")
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),

@@ -29,12 +29,17 @@ PLAIN_SECONDS = 30.0
 
 @contextmanager
 def reporter(*, quiet: bool, log_format: str) -> Iterator[Emit]:
-    """Where the engine's events go: nowhere, JSON lines, a bar on a terminal, or plain lines."""
+    """Where the engine's events go: JSON lines, a bar on a terminal, or plain lines.
+
+    Only warnings where it is to be quiet.
+    """
     stream: TextIO | None = sys.stderr  # None where the process was started without one
-    if quiet or stream is None:
+    if stream is None:
         yield ignore
     elif log_format == "json":
-        yield _json_lines(stream)
+        yield _warnings(_json_lines(stream)) if quiet else _json_lines(stream)
+    elif quiet:
+        yield _warnings(_PlainLines(stream).emit)
     elif stream.isatty():
         with _Terminal() as terminal:
             yield terminal.emit
@@ -237,6 +242,14 @@ def _rate_and_eta(event: Progress) -> str:
     rate = format_size(int(done / seconds))
     memory = format_size(event.resident_bytes)
     return f"{rate}/s, {_duration(left)} left, {memory} of memory"
+
+
+def _warnings(emit: Emit) -> Emit:
+    def emit_warning(event: Event) -> None:
+        if isinstance(event, Warned):
+            emit(event)
+
+    return emit_warning
 
 
 def _json_lines(stream: TextIO) -> Emit:

@@ -143,6 +143,16 @@ def test_quiet_leaves_the_result_alone(inputs: Path, tmp_path: Path) -> None:
     assert "tensors applied" in done.stdout
 
 
+@pytest.mark.parametrize("log", [[], ["--log-format", "json"]], ids=["text", "JSON"])
+def test_quiet_still_warns(inputs: Path, tmp_path: Path, log: list[str]) -> None:
+    named = inputs / "named.yaml"
+    named.write_text("name: mine\n" + (inputs / "ties.yaml").read_text())
+    done = run("merge", named, "--out", tmp_path / "out", "--quiet", *log)
+    (line,) = done.stderr.splitlines()
+    text = json.loads(line)["text"] if log else line.removeprefix("warning: ")
+    assert text.startswith(f"{named}:1:1: `name` has no effect"), line
+
+
 def test_a_json_log_is_json_on_every_line(inputs: Path, tmp_path: Path) -> None:
     done = run("merge", inputs / "ties.yaml", "--out", tmp_path / "out", "--log-format", "json")
     lines = json_lines(done.stderr)
@@ -242,6 +252,15 @@ def test_inspect_tells_models_and_adapters(inputs: Path) -> None:
     told = run("inspect", "lora-0", "--base", "base", cwd=inputs)
     assert told.returncode == 0, told.stderr
     assert "14 tensors applied" in told.stdout
+
+
+def test_inspect_tells_the_others_where_one_cannot_be_read(inputs: Path) -> None:
+    done = run("inspect", "none", "lora-0", "--json", cwd=inputs)
+    none, adapter = json.loads(done.stdout)
+    assert done.returncode == 66 and "'none'" in done.stderr
+    assert (none["kind"], none["path"]) == ("unreadable", "none")
+    assert "'none'" in none["hindered_by"][0]
+    assert (adapter["kind"], adapter["ranks"], adapter["hindered_by"]) == ("LoRA", [4], [])
 
 
 def test_methods_lists_and_explains() -> None:

@@ -31,15 +31,21 @@ def examine(
 
     `pickles` is the leave to look into those of a folder that holds no safetensors.
     What hinders a merge goes to `problems`, and as text into the facts, which then are those that
-    could be found. Raises StreammergeError for a folder that is neither a model nor an adapter.
+    could be found: of a folder that is neither a model nor an adapter, where it was looked for.
     """
-    path = resolve(reference, None, [Path.cwd()])
-    if not _holds_adapter(path):
-        return _model(path, open_model(path, pickles))
     hindered = Problems()
-    facts = _adapter(find_adapter(path), base, pickles, hindered)
-    for problem in hindered:
-        problems.add(problem)
+    facts: dict[str, Any] = {"kind": "unreadable", "path": reference}
+    try:
+        path = resolve(reference, None, [Path.cwd()])
+        facts["path"] = str(path)
+        if _holds_adapter(path):
+            facts = _adapter(find_adapter(path), base, pickles, hindered)
+        else:
+            facts = _model(path, open_model(path, pickles))
+    except StreammergeError as problem:
+        hindered.add(problem)
+    for one in hindered:
+        problems.add(one)
     return {**facts, "hindered_by": [str(problem) for problem in hindered]}
 
 
