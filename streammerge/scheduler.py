@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from streammerge import grid
@@ -217,20 +218,23 @@ def drive(
     active: list[Course] = []
     waiting: list[Course] = []
     running: dict[Future[Any], tuple[Course, Item]] = {}
+    finished: SimpleQueue[Future[Any]] = SimpleQueue()
     try:
         while True:
             while len(running) < capacity and not stopped():
                 picked = _pick(active, waiting, coming, window)
                 if picked is None:
                     break
-                running[submit(picked[1])] = picked
+                future = submit(picked[1])
+                running[future] = picked
+                future.add_done_callback(finished.put)
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                course, item = running.pop(future)
-                result = future.result()
-                course.take(item, result)
-                yield item, result
+            future = finished.get()
+            course, item = running.pop(future)
+            result = future.result()
+            course.take(item, result)
+            yield item, result
             active[:] = [course for course in active if not _retire(course)]
     finally:
         for future in running:

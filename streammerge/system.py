@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 _LINUX = sys.platform == "linux"
@@ -28,6 +29,7 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
+@cache
 def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None, use_errno=True) if _LINUX else None
 

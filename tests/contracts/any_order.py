@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-
-
-class Finished(NamedTuple):
-    """As `concurrent.futures.wait` gives it."""
-
-    done: set[Future[Any]]
-    not_done: set[Future[Any]]
 
 
 class AnyOrder(Executor):
@@ -28,7 +22,7 @@ class AnyOrder(Executor):
     def install(self, patch: pytest.MonkeyPatch) -> AnyOrder:
         """Let the engine and its scheduler use it."""
         patch.setattr("streammerge.building.ThreadPoolExecutor", lambda *_: self)
-        patch.setattr("streammerge.scheduler.wait", self.wait)
+        patch.setattr("streammerge.scheduler.SimpleQueue", self.queue)
         return self
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -37,15 +31,31 @@ class AnyOrder(Executor):
         self.most_waiting = max(self.most_waiting, len(self._work))
         return future
 
-    def wait(self, futures: Iterable[Future[Any]], return_when: str = "") -> Finished:
-        """Make one of the futures happen; for all to be over, only those that run count."""
-        waiting = [future for future in futures if not future.done()]
-        if not waiting:
-            return Finished(set(futures), set())
-        chosen = self._random.choice(waiting)
+    def queue(self) -> Finished:
+        """Where the futures that are over come in."""
+        return Finished(self)
+
+    def finish_one(self) -> None:
+        """Make one of the futures happen."""
+        chosen = self._random.choice(list(self._work))
         chosen.set_running_or_notify_cancel()
         try:
             chosen.set_result(self._work.pop(chosen)())
         except Exception as error:
             chosen.set_exception(error)
-        return Finished({chosen}, set(waiting) - {chosen})
+
+
+class Finished:
+    """As `queue.SimpleQueue`, of a pool's futures."""
+
+    def __init__(self, pool: AnyOrder) -> None:
+        self._pool = pool
+        self._futures: deque[Future[Any]] = deque()
+
+    def put(self, future: Future[Any]) -> None:
+        self._futures.append(future)
+
+    def get(self) -> Future[Any]:
+        if not self._futures:
+            self._pool.finish_one()
+        return self._futures.popleft()

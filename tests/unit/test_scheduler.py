@@ -144,7 +144,7 @@ def run(
 
     finished: list[Item] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "wait", pool.wait)
+        patch.setattr(scheduler, "SimpleQueue", pool.queue)
         left = {job.target.spec.name: _items(job) for job in jobs}
         for item, _ in drive(watch.courses(jobs), submit, capacity=capacity, window=window):
             in_flight.discard(id(item))
@@ -406,7 +406,7 @@ def drive_with(done: Mapping[str, scheduler.Done], seed: int = 0) -> list[Item]:
         for job in JOBS
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "wait", pool.wait)
+        patch.setattr(scheduler, "SimpleQueue", pool.queue)
         submit: Any = lambda item: pool.submit(watch.work, item)  # noqa: E731
         return [item for item, _ in drive(courses, submit, capacity=4, window=2)]
 
