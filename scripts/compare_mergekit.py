@@ -162,7 +162,9 @@ def merge_by_mergekit(folders: Sequence[Path], python: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """0 when every case that is meant to agree does."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", required=True, help="of an environment with mergekit")
     parser.add_argument("--only", help="a method")
     options = parser.parse_args(arguments)

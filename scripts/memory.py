@@ -250,7 +250,9 @@ def table(
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     root = os.environ.get("STREAMMERGE_BENCH", ".bench")
     add = parser.add_argument
     add(
