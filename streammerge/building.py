@@ -24,7 +24,18 @@ from streammerge.resume import (
     sound_shards,
     take_up,
 )
-from streammerge.scheduler import Copy, Course, Done, Finish, Item, Measure, Merge, drive, pieces_of
+from streammerge.scheduler import (
+    Copy,
+    Course,
+    Done,
+    Finish,
+    Item,
+    Measure,
+    Merge,
+    Room,
+    drive,
+    pieces_of,
+)
 from streammerge.sinks.shards import ShardsSink
 from streammerge.sizes import format_size
 from streammerge.statistics.saved import saved
@@ -136,12 +147,13 @@ class _Loop:
 
     def _courses(self) -> Iterator[Course]:
         flight = self._plan.flight
+        room = Room(flight.state_bytes)
         for job in self._plan.jobs():
             done = self._earlier.of(job)
             self._meter.skip_reads(job, done)
             if isinstance(job, CopyJob) and 0 in done.pieces:
                 self._changes.copied(job.target.spec.name, job.source.path)
-            yield Course(job, flight.state_bytes, flight.parts_ahead, done)
+            yield Course(job, room, flight.parts_ahead, done)
 
     def _note_down(self, item: Item, result: Any) -> None:
         if isinstance(item, Merge | Copy):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from streammerge.words import Fold, StatisticValue, TensorSpec
 
@@ -150,6 +150,18 @@ class Declared:
     statistics: frozenset[str]
 
 
+class Buffers(NamedTuple):
+    """How many float32 buffers of a tile a statistic takes besides the stack.
+
+    Where it is not `stacked`, it looks at one model after the other, whose rows are among those
+    that are kept, and no stack is needed.
+    """
+
+    kept: int = 0  # of the scratch, which a thread keeps
+    passing: int = 0
+    stacked: bool = True
+
+
 class Statistic(Protocol):
     """What a method needs to know of a whole tensor before it can merge a tile of it."""
 
@@ -195,11 +207,8 @@ class Statistic(Protocol):
         """The most that one measured part holds."""
         ...
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        """How many float32 buffers of a tile it takes to measure, the stack not counted.
-
-        Of the scratch, which a thread keeps, and in passing.
-        """
+    def buffers(self, knobs: Knobs) -> Buffers:
+        """What it takes to measure a tile."""
         ...
 
     def by_products(self, knobs: Knobs) -> bool:

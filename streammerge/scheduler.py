@@ -2,7 +2,8 @@
 
 Each job runs its course: while statistics are missing, a wave of measured tiles and a finish for
 each; then the wave of merged tiles. What is in flight is bounded by numbers of the plan: items by
-`capacity`, jobs by `window`, and measured parts may be only so far ahead of the next to absorb.
+`capacity`, jobs by `window`, statistics by the `Room` for their state, and measured parts may be
+only so far ahead of the next to absorb.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from streammerge import grid
 from streammerge.planning import CopyJob, Job, MergeJob
+from streammerge.planning.cost import State
 from streammerge.words import Fold, StatisticValue, Tile
 
 # Copies are cut into pieces of this size, so that they share the threads with tiles.
@@ -76,15 +78,33 @@ class Done:
 NOTHING_DONE = Done()
 
 
+class Room:
+    """Memory for the state of statistics, which the jobs in flight share."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._taken = 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there is so much; who needs more than there is gets it when it is alone."""
+        if nbytes and self._taken and self._taken + nbytes > self.nbytes:
+            return False
+        self._taken += nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        self._taken -= nbytes
+
+
 class Course:
     """One job on its way: which items can be submitted now, and what came of those that were."""
 
-    def __init__(
-        self, job: Job, state_bytes: int, parts_ahead: int, done: Done = NOTHING_DONE
-    ) -> None:
+    def __init__(self, job: Job, room: Room, parts_ahead: int, done: Done = NOTHING_DONE) -> None:
         self.job = job
         self._done = done
-        self._state_bytes = state_bytes
+        self._room = room
+        self._state_bytes = 0  # what the wave may come to hold
+        self._taken = 0  # of the room, from the wave's first item to its finish
         self._ahead = parts_ahead
         self._running = 0
         self._finishing = False
@@ -106,7 +126,7 @@ class Course:
             return
         self._grid = grid.tiles(job.merged.measured)
         if any(index not in done.pieces for index in range(len(job.tiles()))):
-            self._sort({**job.merged.start(self._state_bytes, done.values), **done.values})
+            self._sort({**job.merged.start(self._room.nbytes, done.values), **done.values})
             self._start_wave(job)
 
     @property
@@ -135,6 +155,10 @@ class Course:
         if self._next < len(self._tiles):
             if self._next - self._absorbed >= self._ahead:
                 return None
+            if self._next == 0:
+                if not self._room.take(self._state_bytes):
+                    return None
+                self._taken = self._state_bytes
             index = self._next
             self._next += 1
             return Measure(self.job, index, self._tiles[index], self._wave)
@@ -151,10 +175,12 @@ class Course:
             self._absorb()
         elif isinstance(item, Finish):
             self._finishing = False
+            self._room.give_back(self._taken)
+            self._taken = 0
             for name in self._wave:
                 del self._folds[name]
             self._sort(result)
-            started = item.job.merged.start(self._state_bytes, self._values)
+            started = item.job.merged.start(self._room.nbytes, self._values)
             self._sort({name: one for name, one in started.items() if name not in self._folds})
             self._start_wave(item.job)
 
@@ -180,6 +206,9 @@ class Course:
             wants = {name: fold.wants(self._grid) for name, fold in self._folds.items()}
             self._tiles = next(iter(wants.values()))
             self._wave = {n: self._folds[n] for n, tiles in wants.items() if tiles == self._tiles}
+            sampled = any(tile.thinned for tile in self._tiles)
+            state = State(*job.merged.state_bytes())
+            self._state_bytes = 0 if sampled else state.within(self._room.nbytes)
             return
         grid = job.tiles()
         pieces = len(grid)
@@ -255,8 +284,9 @@ def _pick(
         if opened is None:
             return None
         item = opened.next()
-        if item is not None:
+        if not opened.done:
             active.append(opened)
+        if item is not None:
             return opened, item
     return None
 

@@ -99,6 +99,10 @@ class Tile(NamedTuple):
     row_step: int = 1
     col_step: int = 1
 
+    @property
+    def thinned(self) -> bool:
+        return self.row_step > 1 or self.col_step > 1
+
     def shape(self, spec: TensorSpec) -> tuple[int, int]:
         """`(rows, cols)` of the tile of a tensor."""
         rows = len(range(self.start, self.stop, self.row_step))

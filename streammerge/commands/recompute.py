@@ -23,7 +23,7 @@ from streammerge.planning.differences import differences
 from streammerge.planning.fingerprint import identify
 from streammerge.publication import recorded_identity
 from streammerge.recipe import to_yaml
-from streammerge.scheduler import Course, Done, drive, pieces_of
+from streammerge.scheduler import Course, Done, Room, drive, pieces_of
 from streammerge.storage.bytesource import Files
 from streammerge.storage.checksum import checksum
 from streammerge.storage.header import read_header
@@ -163,12 +163,13 @@ def _sample(plan: Plan, tiles: int, seed: str) -> dict[str, frozenset[int]]:
 
 def _derive(plan: Plan, sample: Mapping[str, frozenset[int]], comparison: _Comparison) -> None:
     worker, flight = Worker(plan, comparison, keep_nan=True), plan.flight
+    room = Room(flight.state_bytes)
 
     def courses() -> Iterator[Course]:
         for job in plan.jobs():
             if wanted := sample.get(job.target.spec.name):
                 done = Done(_others(job, wanted))
-                yield Course(job, flight.state_bytes, flight.parts_ahead, done)
+                yield Course(job, room, flight.parts_ahead, done)
 
     with ThreadPoolExecutor(flight.threads, "worker") as pool:
         submit = lambda item: pool.submit(worker.work, item)  # noqa: E731

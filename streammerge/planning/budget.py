@@ -30,7 +30,7 @@ class Flight:
 
     threads: int
     window: int  # tensors
-    state_bytes: int  # of each tensor's statistics
+    state_bytes: int  # of the statistics of all of them
     projected_bytes: int
 
     @property
@@ -49,7 +49,10 @@ class Start:
 
 def project(demand: Demand, start: Start, threads: int, window: int, state_bytes: int) -> Flight:
     """The peak with so much in flight."""
-    held = sum(nlargest(window, (job.under(state_bytes) for job in demand.held)))
+    states = nlargest(window, (state.within(state_bytes) for state in demand.states))
+    # Who needs more than there is room for gets it when it is alone.
+    held = min(sum(states), max(state_bytes, *states)) if states else 0
+    held += sum(demand.resident_bytes[:window])
     flight = Flight(threads, window, state_bytes, 0)
     needed = (
         threads * (demand.worker_bytes + _THREAD_BYTES)

@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import nlargest
+from typing import NamedTuple
 
 from streammerge import grid
-from streammerge.memory import STATES
 from streammerge.planning.jobs import CopyJob, Job, MergeJob
 from streammerge.planning.spill import SpillTotals
 from streammerge.planning.traffic import Passes, Traffic, traffic
-from streammerge.words import Merged
+from streammerge.words import Merged, Tile
 
 # As many jobs as are ever in flight at once.
 MOST_JOBS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What one job holds between its tiles."""
+class State(NamedTuple):
+    """Bytes that the statistics of one tensor cannot do without, and the most they could use."""
 
-    least_state_bytes: int
-    most_state_bytes: int  # what its statistics could grow to
-    factor_bytes: int
+    least: int
+    most: int
 
-    def under(self, state_bytes: int) -> int:
-        """Bytes, with statistics held to so much."""
-        state = min(self.most_state_bytes, max(state_bytes, self.least_state_bytes))
-        return self.factor_bytes + state
+    def within(self, room_bytes: int) -> int:
+        """What they may come to, where there is so much room."""
+        return min(self.most, max(self.least, room_bytes))
 
 
 @dataclass(slots=True)
@@ -52,7 +49,8 @@ class Demand:
     progress_bytes: int = 0  # of the output, counted once for each read of a tensor
     most_reads: int = 1
     worker_bytes: int = 0  # of one thread, at its largest tile
-    held: list[Held] = field(default_factory=list)  # of the jobs that hold most
+    resident_bytes: list[int] = field(default_factory=list)  # of the jobs that hold most
+    states: list[State] = field(default_factory=list)  # the largest
     part_bytes: int = 0  # of one measured part
     passes: dict[Passes, Group] = field(default_factory=dict)
     spill: SpillTotals = field(default_factory=SpillTotals)
@@ -100,14 +98,25 @@ def _add_merge(demand: Demand, job: MergeJob, moved: Traffic) -> None:
     resident = merged.resident_bytes
     if job.beyond is not None:
         resident += _add_beyond(demand, job, job.beyond)
-    held = Held(*merged.state_bytes(), resident)
-    demand.held = nlargest(MOST_JOBS, [*demand.held, held], key=lambda one: one.under(STATES[0]))
-    output = job.target.spec.cols * job.target.spec.dtype.itemsize
-    for tile in (grid.largest_tile(merged.spec), *moved.samples):
-        rows, _ = tile.shape(merged.spec)
-        demand.worker_bytes = max(
-            demand.worker_bytes, merged.scratch_bytes(tile) + rows * output // tile.col_step
-        )
+    demand.resident_bytes = nlargest(MOST_JOBS, [*demand.resident_bytes, resident])
+    demand.states = nlargest(
+        MOST_JOBS, [*demand.states, State(*merged.state_bytes())], key=lambda one: one.most
+    )
+    demand.worker_bytes = max(demand.worker_bytes, _worker_bytes(job, moved.samples))
+
+
+def _worker_bytes(job: MergeJob, samples: Iterable[Tile]) -> int:
+    """Of one thread: buffers for a tile of the grid, and those that a larger sample needs."""
+    merged, target = job.merged, job.target.spec
+    tile = grid.largest_tile(merged.spec)
+    rows, cols = tile.shape(merged.spec)
+    most = of_grid = merged.scratch_bytes(tile) + rows * target.cols * target.dtype.itemsize
+    for sample in samples:
+        sampled_rows, sampled_cols = sample.shape(merged.measured)
+        of_sample = merged.scratch_bytes(sample)
+        larger = sampled_rows * sampled_cols > rows * cols
+        most = max(most, of_grid + of_sample if larger else of_sample)
+    return most
 
 
 def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:

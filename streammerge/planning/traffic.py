@@ -54,6 +54,6 @@ def _samples(merged: Merged) -> dict[Tile, list[str]]:
     found: dict[Tile, list[str]] = {}
     for name, fold in merged.start(0, {}).items():
         for tile in () if isinstance(fold, StatisticValue) else fold.wants(tiles):
-            if tile.row_step > 1 or tile.col_step > 1:
+            if tile.thinned:
                 found.setdefault(tile, []).append(name)
     return found

@@ -112,16 +112,31 @@ class Applied:
 
     def measure_bytes(self, tile: Tile, names: Sequence[str]) -> int:
         models = [self._models[model] for model in self._needs.measured(names)]
-        needs_base = any(model.needs_base for model in models) or self._needs.reads_base(names)
-        base = self._base.read_bytes(tile) if self._base is not None and needs_base else 0
-        return base + sum(model.read_bytes(tile) for model in models)
+        base = self._measured_base(names)
+        read = sum(model.read_bytes(tile) for model in models)
+        return read + (base.read_bytes(tile) if base is not None else 0)
+
+    def _measured_base(self, names: Sequence[str]) -> Source | None:
+        """The base, where it is read to measure for some statistics."""
+        models = [self._models[model] for model in self._needs.measured(names)]
+        needed = any(model.needs_base for model in models) or self._needs.reads_base(names)
+        return self._base if needed else None
 
     def scratch_bytes(self, tile: Tile) -> int:
         rows, cols = tile.shape(self.spec)
         sources = [*self._models, *([self._base] if self._base is not None else [])]
         stored = max(source.scratch_bytes(tile) for source in sources)
         held = tiles_held(self._method, self._needs, len(self._models))
+        if tile.thinned:
+            held = self._tiles_sampled()
         return held * 4 * rows * cols + stored
+
+    def _tiles_sampled(self) -> int:
+        """As `tiles_held`, of a sample, which is measured and never merged."""
+        names = [name for wave in self.waves() for name in wave]
+        base = int(self._measured_base(names) is not None)
+        stack = len(self._models) if self._needs.stacks() else 0
+        return base + stack + sum(self._needs.buffers())
 
     def release(self) -> None:
         for model in self._models:

@@ -48,7 +48,7 @@ class Dense:
         """The stored bytes, whether mapped or read; of a thinned tile, what is kept and a row."""
         rows, cols = tile.shape(self.spec)
         size = self.spec.dtype.itemsize
-        whole_row = self.spec.cols * size if tile.row_step > 1 or tile.col_step > 1 else 0
+        whole_row = self.spec.cols * size if tile.thinned else 0
         return rows * cols * size + whole_row
 
     def release(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from streammerge.declarations import Knobs, MethodSpec, Statistic
+from streammerge.declarations import Buffers, Knobs, MethodSpec, Statistic
 from streammerge.scratch import Scratch
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
 
@@ -80,8 +80,13 @@ class Needs:
 
     def buffers(self) -> tuple[int, int]:
         """Buffers of a tile to measure: kept in the scratch, which statistics share; in passing."""
-        both = [(0, 0), *(one.buffers(self._knobs) for one in self._reading())]
-        return max(kept for kept, _ in both), max(passing for _, passing in both)
+        each = [Buffers(), *(one.buffers(self._knobs) for one in self._reading())]
+        return max(one.kept for one in each), max(one.passing for one in each)
+
+    def stacks(self) -> bool:
+        """Whether the rows of all models are held at once to measure a tile."""
+        reading = self._reading()
+        return len(reading) > 1 or any(one.buffers(self._knobs).stacked for one in reading)
 
     def by_products(self) -> bool:
         """Whether the inner products of the deltas are all that is looked at before the merge."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 from streammerge import grid
-from streammerge.declarations import Declared, Knobs
+from streammerge.declarations import Buffers, Declared, Knobs
 from streammerge.noise import Draws, key_of
 from streammerge.words import StatisticValue, TensorSpec
 
@@ -41,8 +41,8 @@ class Given:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 0
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        return 0, 0
+    def buffers(self, knobs: Knobs) -> Buffers:
+        return Buffers()
 
     def by_products(self, knobs: Knobs) -> bool:
         return True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from streammerge import grid
-from streammerge.declarations import Declared, Knobs
+from streammerge.declarations import Buffers, Declared, Knobs
 from streammerge.kernels.product import gram, products_along
 from streammerge.scratch import Scratch
 from streammerge.statistics.given import Same
@@ -66,8 +66,8 @@ class Gram:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 8 * self._vectors(spec, knobs, grid.tile_rows(spec)) * self._size(knobs) ** 2
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        return 0, 0
+    def buffers(self, knobs: Knobs) -> Buffers:
+        return Buffers()
 
     def by_products(self, knobs: Knobs) -> bool:
         return not self.with_base and self._over(knobs) == "tensor"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.declarations import Declared, Knobs
+from streammerge.declarations import Buffers, Declared, Knobs
 from streammerge.statistics.of_stack import check_names, of_each
 from streammerge.statistics.select import each_model, part_bytes, select, state_bytes
 from streammerge.words import Fold, StatisticValue, TensorSpec
@@ -57,8 +57,8 @@ class KthMagnitude:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return part_bytes() * len(self.measured(knobs))
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        return 2, 0  # a delta, and the magnitudes that are collected
+    def buffers(self, knobs: Knobs) -> Buffers:
+        return Buffers(2, stacked=False)  # a delta, and the magnitudes that are collected
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

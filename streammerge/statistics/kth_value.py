@@ -8,7 +8,7 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from streammerge.declarations import Declared, Knobs
+from streammerge.declarations import Buffers, Declared, Knobs
 from streammerge.statistics.of_stack import OfStack, check_names, of_shared
 from streammerge.statistics.select import each_model, part_bytes, select, state_bytes
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
@@ -58,8 +58,8 @@ class KthValue:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return part_bytes() * len(self.counts)
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        return 1, self.temporaries  # the magnitudes that are collected
+    def buffers(self, knobs: Knobs) -> Buffers:
+        return Buffers(1, self.temporaries)  # the magnitudes that are collected
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

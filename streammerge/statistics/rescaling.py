@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streammerge.declarations import Declared, Knobs
+from streammerge.declarations import Buffers, Declared, Knobs
 from streammerge.kernels.weighted import sum_of_magnitudes
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import OfStack, check_names, of_each
@@ -64,8 +64,8 @@ class Rescaling:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 2 * 8 * len(knobs.touching)
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        return 0, self.temporaries
+    def buffers(self, knobs: Knobs) -> Buffers:
+        return Buffers(passing=self.temporaries)
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

@@ -76,8 +76,21 @@ def state_bytes(spec: TensorSpec, counts: Collection[int]) -> tuple[int, int]:
     One of them at a time goes over to bins, and holds both.
     """
     bins = _least_state_bytes()
-    most = sum(max(bins, min(_held_bytes(spec, k), _MOST_STATE_BYTES)) for k in counts)
-    return (len(counts) + 1) * bins, most + bins
+    return (len(counts) + 1) * bins, sum(_useful_bytes(spec, k) for k in counts) + bins
+
+
+def _useful_bytes(spec: TensorSpec, k: int) -> int:
+    """State that one slot can make use of."""
+    return max(_least_state_bytes(), min(_held_bytes(spec, k), _MOST_STATE_BYTES))
+
+
+def _shares(spec: TensorSpec, pending: Mapping[int, Bracket], state_bytes: int) -> dict[int, int]:
+    """The state of each slot: the least, and of the rest by what it could make use of."""
+    least = _least_state_bytes()
+    useful = {slot: _useful_bytes(spec, one.k) - least for slot, one in pending.items()}
+    rest = max(0, state_bytes - (len(pending) + 1) * least)
+    scale = rest / max(1, sum(useful.values()))
+    return {slot: least + int(beyond * scale) for slot, beyond in useful.items()}
 
 
 def _held_bytes(spec: TensorSpec, k: int) -> int:
@@ -121,12 +134,11 @@ def select(
             pending[slot] = Bracket(k)
     if not pending:
         return thresholds
-    each = min(_MOST_STATE_BYTES, (state_bytes - _least_state_bytes()) // len(pending))
-    each = max(_least_state_bytes(), each)
+    shares = _shares(spec, pending, state_bytes)
     subject = Subject(spec, look, recount, whole_rows)
     if spec.numel < _SAMPLE_FROM or subject.sample() == Tile(0, spec.rows):
-        return Counting(subject, pending, thresholds, each)
-    return SampledBracket(subject, pending, thresholds, each)
+        return Counting(subject, pending, thresholds, shares)
+    return SampledBracket(subject, pending, thresholds, shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +202,17 @@ class SampledBracket:
     """A thin sample of rows and columns, from which a bracket for each slot's threshold."""
 
     def __init__(
-        self, subject: Subject, pending: dict[int, Bracket], thresholds: Thresholds, each: int
+        self,
+        subject: Subject,
+        pending: dict[int, Bracket],
+        thresholds: Thresholds,
+        shares: Mapping[int, int],
     ) -> None:
         self._subject = subject
         self._spec = subject.spec
         self._pending = pending
         self._thresholds = thresholds
-        self._each = each
+        self._shares = shares  # bytes of state, by slot
         self._found: dict[int, Bracket] = {}
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
@@ -222,7 +238,7 @@ class SampledBracket:
         self._found = part
 
     def finish(self) -> Fold:
-        return Counting(self._subject, self._found, self._thresholds, self._each)
+        return Counting(self._subject, self._found, self._thresholds, self._shares)
 
 
 def _bracket(sample: Keys, k: int, spec: TensorSpec) -> Bracket:
@@ -264,14 +280,18 @@ class Counting:
     """One read of the whole tensor against a bracket for each slot."""
 
     def __init__(
-        self, subject: Subject, pending: dict[int, Bracket], thresholds: Thresholds, each: int
+        self,
+        subject: Subject,
+        pending: dict[int, Bracket],
+        thresholds: Thresholds,
+        shares: Mapping[int, int],
     ) -> None:
         self._subject = subject
         self._spec = subject.spec
         self._thresholds = thresholds
-        self._each = each
+        self._shares = shares  # bytes of state, by slot
         self._pending = pending
-        self._tallies = {slot: Tally(bracket, each) for slot, bracket in pending.items()}
+        self._tallies = {slot: Tally(one, shares[slot]) for slot, one in pending.items()}
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
         return grid
@@ -311,7 +331,7 @@ class Counting:
             else:
                 pending[slot] = one.narrowed()
         if pending:
-            return Counting(self._subject, pending, self._thresholds, self._each)
+            return Counting(self._subject, pending, self._thresholds, self._shares)
         return self._thresholds
 
     def _settle(self, slot: int, one: Tally) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.declarations import Declared, Knobs
+from streammerge.declarations import Buffers, Declared, Knobs
 from streammerge.scratch import Scratch
 from streammerge.statistics.given import Same
 from streammerge.statistics.of_stack import OfStack
@@ -48,8 +48,8 @@ class Sums:
     def part_bytes(self, spec: TensorSpec, knobs: Knobs) -> int:
         return 8 * self.width * len(knobs.touching)
 
-    def buffers(self, knobs: Knobs) -> tuple[int, int]:
-        return 0, self.temporaries
+    def buffers(self, knobs: Knobs) -> Buffers:
+        return Buffers(passing=self.temporaries)
 
     def by_products(self, knobs: Knobs) -> bool:
         return False

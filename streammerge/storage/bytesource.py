@@ -72,7 +72,7 @@ class Files:
         spec = extent.spec
         row_bytes = spec.cols * spec.dtype.itemsize
         with self._borrow(extent.path, tile.shape(spec)[0] * row_bytes) as handle:
-            if tile.row_step > 1 or tile.col_step > 1:
+            if tile.thinned:
                 yield self._sample(handle, extent, tile, scratch)
                 return
             offset = extent.offset + tile.start * row_bytes

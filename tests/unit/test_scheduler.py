@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from streammerge import grid, scheduler
 from streammerge.planning import CopyJob, MergeJob
-from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, drive
+from streammerge.planning.cost import State
+from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, Room, drive
 from streammerge.words import DeltaStack, DType, Extent, Fold, StatisticValue, TensorSpec, Tile
 from tests.contracts.any_order import AnyOrder
 
@@ -63,6 +64,7 @@ class FakeMerged:
     sampled: bool = False
     released: int = 0
     after: Mapping[str, str] = field(default_factory=dict)  # statistic -> one that it waits for
+    state: int = 0  # bytes
 
     @property
     def measured(self) -> TensorSpec:
@@ -76,6 +78,9 @@ class FakeMerged:
             if name not in values and self.after.get(name) in (None, *values):
                 found[name] = FakeFold(name, reads, self.sampled) if reads else Value([])
         return found
+
+    def state_bytes(self) -> tuple[int, int]:
+        return self.state // 2, self.state
 
     def over(self, statistic: str) -> int:
         """After how many waves a statistic is there."""
@@ -109,8 +114,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 class Watch:
     """Does items, and keeps what was in flight."""
 
-    def __init__(self, ahead: int) -> None:
+    def __init__(self, ahead: int, room: int = 1 << 20) -> None:
         self.ahead = ahead
+        self.room = Room(room)
+        self.state: dict[str, int] = {}  # of the jobs in a wave over the grid
+        self.most_state = 0
         self.open: set[str] = set()
         self.most_open = 0
         self.most_running = 0
@@ -119,7 +127,17 @@ class Watch:
         for job in jobs:
             self.open.add(job.target.spec.name)
             self.most_open = max(self.most_open, len(self.open))
-            yield Course(job, 1 << 20, self.ahead)
+            yield Course(job, self.room, self.ahead)
+
+    def begun(self, item: Item) -> None:
+        if isinstance(item, Measure) and not item.tile.thinned:
+            held = State(*item.job.merged.state_bytes()).within(self.room.nbytes)
+            self.state[item.job.target.spec.name] = held
+            self.most_state = max(self.most_state, sum(self.state.values()))
+
+    def over(self, item: Item) -> None:
+        if isinstance(item, Finish):
+            self.state.pop(item.job.target.spec.name, None)
 
     def work(self, item: Item) -> Any:
         """A measured part says which tile it is of."""
@@ -131,15 +149,22 @@ class Watch:
 
 
 def run(
-    jobs: Sequence[Job], *, seed: int = 0, capacity: int = 4, window: int = 2, ahead: int = 3
+    jobs: Sequence[Job],
+    *,
+    seed: int = 0,
+    capacity: int = 4,
+    window: int = 2,
+    ahead: int = 3,
+    room: int = 1 << 20,
 ) -> tuple[list[Item], Watch]:
     """Drive jobs in an order of finishing drawn from the seed; no thread takes part."""
-    watch, pool = Watch(ahead), AnyOrder(seed)
+    watch, pool = Watch(ahead, room), AnyOrder(seed)
     in_flight: set[int] = set()
 
     def submit(item: Item) -> Future[Any]:
         in_flight.add(id(item))
         watch.most_running = max(watch.most_running, len(in_flight))
+        watch.begun(item)
         return pool.submit(watch.work, item)
 
     finished: list[Item] = []
@@ -148,6 +173,7 @@ def run(
         left = {job.target.spec.name: _items(job) for job in jobs}
         for item, _ in drive(watch.courses(jobs), submit, capacity=capacity, window=window):
             in_flight.discard(id(item))
+            watch.over(item)
             finished.append(item)
             name = item.job.target.spec.name
             left[name] -= 1
@@ -229,6 +255,38 @@ def test_nothing_is_merged_before_its_statistics_are_there() -> None:
         finished, _ = run([merge_job("a", 6, cut=2)], seed=seed)
         kinds = [type(item) for item in finished]
         assert kinds == [*[Measure] * 6, Finish, *[Measure] * 6, Finish, *[Merge] * 6]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5), st.integers(0, 2), st.booleans(), st.integers(0, 9)),
+        min_size=1,
+        max_size=7,
+    ),
+    st.integers(0, 12),
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
+def test_statistics_share_the_room_for_their_state(
+    tensors: list[tuple[int, int, bool, int]], room: int, window: int, seed: int
+) -> None:
+    """No more of it at once than there is, or one that needs more; and nobody waits for ever."""
+    jobs = [merge_job(str(i), rows, sampled) for i, (rows, _, sampled, _) in enumerate(tensors)]
+    for job, (_, reads, _, state) in zip(jobs, tensors, strict=True):
+        merged: Any = job.merged
+        merged.statistics, merged.state = {"cut": reads}, state
+    _, watch = run(jobs, seed=seed, window=window, room=room)
+    assert watch.most_state <= max(room, *(state // 2 for *_, state in tensors))
+    assert not watch.state
+
+
+def test_large_states_wait_for_each_other_and_small_ones_do_not() -> None:
+    jobs = [merge_job(str(i), 8, cut=1) for i in range(3)]
+    for room, state in ((20, 10), (15, 10)):
+        for job in jobs:
+            job.merged.state = state  # type: ignore[attr-defined]
+        most = max(run(jobs, seed=seed, window=3, room=room)[1].most_state for seed in range(20))
+        assert most == room // state * state
 
 
 def test_a_statistic_starts_when_those_that_it_waits_for_are_there() -> None:
@@ -402,7 +460,7 @@ def drive_with(done: Mapping[str, scheduler.Done], seed: int = 0) -> list[Item]:
     """All items of JOBS in the order in which they finish."""
     watch, pool = Watch(3), AnyOrder(seed)
     courses = (
-        Course(job, 1 << 20, 3, done.get(job.target.spec.name, scheduler.NOTHING_DONE))
+        Course(job, Room(1 << 20), 3, done.get(job.target.spec.name, scheduler.NOTHING_DONE))
         for job in JOBS
     )
     with pytest.MonkeyPatch.context() as patch:
