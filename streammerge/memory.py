@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from streammerge import system
 from streammerge.errors import BudgetError
@@ -34,6 +34,17 @@ def default_budget(environ: Mapping[str, str] = os.environ) -> int:
         system.scheduler_memory(environ, system.usable_cpus()),
     ]
     return max(LEAST_DEFAULT, min(limit for limit in limits if limit is not None) // 2)
+
+
+def share_out(nbytes: int, wants: Sequence[tuple[int, int]]) -> list[int]:
+    """Bytes for each that wants some: its least, and of the rest by what it could make use of.
+
+    `wants` are the least and the most of each; nobody gets more than the most.
+    """
+    rest = max(0, nbytes - sum(least for least, _ in wants))
+    beyond = [most - least for least, most in wants]
+    scale = min(1.0, rest / max(1, sum(beyond)))
+    return [least + int(more * scale) for (least, _), more in zip(wants, beyond, strict=True)]
 
 
 def over_budget(

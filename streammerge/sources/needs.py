@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.declarations import Buffers, Knobs, MethodSpec, Statistic
+from streammerge.memory import share_out
 from streammerge.scratch import Scratch
 from streammerge.words import DeltaStack, Fold, StatisticValue, TensorSpec
 
@@ -24,14 +25,20 @@ class Needs:
         """See `Merged.start`; a value that needs no read is there for those that wait for it."""
         known = dict(values)
         found: dict[str, Fold | StatisticValue] = {}
-        each = state_bytes // max(1, len(self._reading()))
+        states = self._states(state_bytes)
         for name, statistic in self._statistics.items():
             if name in known or not all(other in known for other in self._waits_for(statistic)):
                 continue
-            found[name] = one = statistic.start(self._spec, self._knobs, known, each)
+            found[name] = one = statistic.start(self._spec, self._knobs, known, states.get(name, 0))
             if isinstance(one, StatisticValue):
                 known[name] = one
         return found
+
+    def _states(self, state_bytes: int) -> dict[str, int]:
+        """What there is of the state for each statistic that takes a read."""
+        reading = {n: one for n, one in self._statistics.items() if one.reads(self._knobs)}
+        wants = [one.state_bytes(self._spec, self._knobs) for one in reading.values()]
+        return dict(zip(reading, share_out(state_bytes, wants), strict=True))
 
     def measure(
         self, folds: Mapping[str, Fold], stack: DeltaStack, scratch: Scratch

@@ -31,6 +31,7 @@ from streammerge.kernels.prune import (
     count_nonzero,
     keys,
 )
+from streammerge.memory import share_out
 from streammerge.scratch import Scratch
 from streammerge.statistics import tally
 from streammerge.statistics.tally import Bracket, Part, Tally, collect
@@ -84,15 +85,6 @@ def _useful_bytes(spec: TensorSpec, k: int) -> int:
     return max(_least_state_bytes(), min(_held_bytes(spec, k), _MOST_STATE_BYTES))
 
 
-def _shares(spec: TensorSpec, pending: Mapping[int, Bracket], state_bytes: int) -> dict[int, int]:
-    """The state of each slot: the least, and of the rest by what it could make use of."""
-    least = _least_state_bytes()
-    useful = {slot: _useful_bytes(spec, one.k) - least for slot, one in pending.items()}
-    rest = max(0, state_bytes - (len(pending) + 1) * least)
-    scale = rest / max(1, sum(useful.values()))
-    return {slot: least + int(beyond * scale) for slot, beyond in useful.items()}
-
-
 def _held_bytes(spec: TensorSpec, k: int) -> int:
     """Keys inside a bracket: fewer where nearly all or nearly none are above it."""
     above = min(1.0, max(0.0, k / max(1, spec.numel)))
@@ -134,7 +126,9 @@ def select(
             pending[slot] = Bracket(k)
     if not pending:
         return thresholds
-    shares = _shares(spec, pending, state_bytes)
+    least = _least_state_bytes()
+    wants = [(least, _useful_bytes(spec, one.k)) for one in pending.values()]
+    shares = dict(zip(pending, share_out(state_bytes - least, wants), strict=True))
     subject = Subject(spec, look, recount, whole_rows)
     if spec.numel < _SAMPLE_FROM or subject.sample() == Tile(0, spec.rows):
         return Counting(subject, pending, thresholds, shares)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from streammerge.arrays import Deltas
 from streammerge.declarations import Knobs, Statistic
 from streammerge.kernels.product import gram
+from streammerge.planning.cost import State
 from streammerge.scratch import Scratch
 from streammerge.statistics.saved import restored, saved
 from streammerge.words import DType, Fold, StatisticValue, TensorSpec, Tile
@@ -171,7 +172,7 @@ class StatisticContract:
         for delta in deltas:
             delta[::5] += 10  # a sample of these rows says nothing of the others
         spec, knobs = TensorSpec("w", (200, 2000), DType.F32), self.knobs(3, 3)
-        allowed = max(state_bytes, self.statistic.state_bytes(spec, knobs)[0])
+        allowed = State(*self.statistic.state_bytes(spec, knobs)).within(state_bytes)
         found: Fold | StatisticValue = self.statistic.start(spec, knobs, {}, state_bytes)
         grid = cut_rows(200, *range(0, 200, 15))
         while not isinstance(found, StatisticValue):
