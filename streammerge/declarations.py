@@ -151,10 +151,9 @@ class Declared:
 
 
 class Buffers(NamedTuple):
-    """How many float32 buffers of a tile a statistic takes besides the stack.
+    """How many float32 buffers of a tile a statistic takes besides the rows of the models.
 
-    Where it is not `stacked`, it looks at one model after the other, whose rows are among those
-    that are kept, and no stack is needed.
+    Where it is `stacked`, it looks at those of all models at once, else at one after the other.
     """
 
     kept: int = 0  # of the scratch, which a thread keeps

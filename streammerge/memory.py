@@ -11,8 +11,6 @@ from streammerge.sizes import format_size, parse_size
 
 MIB = 1 << 20
 LEAST_DEFAULT = 256 * MIB
-# State of the statistics in flight, as much as there is room for; less of it may cost another read.
-STATES = tuple(size * MIB for size in (96, 48, 24, 12, 4, 1))
 # Processes start with a MiB more or less; the least budget that is named must do for the next one.
 _START_SPREAD = 4 * MIB
 

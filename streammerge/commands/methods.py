@@ -10,7 +10,6 @@ from typing import Any
 from streammerge import grid
 from streammerge.declarations import Knob, Knobs, KnobValue, MethodSpec
 from streammerge.errors import ConfigError
-from streammerge.memory import STATES
 from streammerge.methods import CATALOGUE, WithOwn
 from streammerge.sizes import format_size
 from streammerge.sources import applied, together
@@ -165,8 +164,7 @@ def _memory(spec: MethodSpec) -> str:
     tile = format_size(4 * grid.TILE_ELEMENTS)
     most = 0
     for knobs in _settings(spec):
-        least, wanted = Needs(spec, knobs, _TENSOR).state_bytes()
-        most = max(most, min(wanted, max(least, STATES[0])))
+        most = max(most, Needs(spec, knobs, _TENSOR).state_bytes()[1])
     state = f", up to {format_size(most)} for the statistics of a tensor" if most >> 20 else ""
     return f"{_tiles(spec)}, {tile} each{state}"
 

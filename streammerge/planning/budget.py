@@ -6,15 +6,18 @@ The budget changes how much happens at once and never the grid, so never the byt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
 from streammerge import system
-from streammerge.memory import STATES, over_budget
+from streammerge.memory import MIB, over_budget
 from streammerge.planning.cost import MOST_JOBS, Demand
 
-MIB = 1 << 20
-
+# Room for the state of statistics: so much for each thread, up to the first of the sizes, keeps all
+# threads busy; with less than the largest tensor can use, it may be read once more.
+_STATE_BYTES = 24 * MIB
+_STATES = tuple(size * MIB for size in (96, 48, 24, 12, 4, 1))
 # What Python, the pool and the journal take besides the buffers: chosen, and held to by
 # scripts/memory.
 _FIXED_BYTES = 8 * MIB
@@ -70,7 +73,7 @@ def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight
     options = [
         project(demand, start, workers, window, state)
         for workers in range(threads, 0, -1)
-        for state in STATES
+        for state in _rooms(demand, workers)
         for window in sorted({min(MOST_JOBS, max(2, workers)), 2, 1}, reverse=True)
     ]
     for flight in options:
@@ -78,3 +81,10 @@ def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight
             return flight
     least = min(flight.projected_bytes for flight in options)
     raise over_budget("this merge", least, budget_bytes)
+
+
+def _rooms(demand: Demand, threads: int) -> Sequence[int]:
+    """Sizes of the room for statistics' state, the largest first."""
+    largest = max((state.most for state in demand.states), default=0)
+    top = max(largest, min(_STATES[0], _STATE_BYTES * threads))
+    return [top, *(size for size in _STATES if size < top)]

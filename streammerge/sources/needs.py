@@ -86,9 +86,13 @@ class Needs:
         return sum(one.part_bytes(self._spec, self._knobs) for one in self._reading())
 
     def buffers(self) -> tuple[int, int]:
-        """Buffers of a tile to measure: kept in the scratch, which statistics share; in passing."""
+        """Buffers of a tile to measure, the stack not counted: kept in the scratch; in passing.
+
+        Statistics share them. Where nobody looks at the stack, one of them is for rows.
+        """
         each = [Buffers(), *(one.buffers(self._knobs) for one in self._reading())]
-        return max(one.kept for one in each), max(one.passing for one in each)
+        rows = int(len(each) > 1 and not self.stacks())
+        return rows + max(one.kept for one in each), max(one.passing for one in each)
 
     def stacks(self) -> bool:
         """Whether the rows of all models are held at once to measure a tile."""

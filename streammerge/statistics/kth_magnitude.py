@@ -58,7 +58,7 @@ class KthMagnitude:
         return part_bytes() * len(self.measured(knobs))
 
     def buffers(self, knobs: Knobs) -> Buffers:
-        return Buffers(2, stacked=False)  # a delta, and the magnitudes that are collected
+        return Buffers(1, stacked=False)  # the magnitudes that are collected
 
     def by_products(self, knobs: Knobs) -> bool:
         return False
