@@ -55,9 +55,10 @@ _SAMPLED_SHARE = 1 / 64
 # A wider bracket holds more to collect; one that misses costs a read of one tensor.
 _SPREADS = 3.5
 # State of one slot, at most; the share of a LoRA's delta inside a bracket around its median, from
-# the smallest sample; and the power by which it falls as samples grow, as measured.
+# the smallest sample, at rank 4 (half of that at rank 16); and the power by which it falls as
+# samples grow, as measured.
 _MOST_STATE_BYTES = 20 << 20
-_HELD_SHARE = 1 / 16
+_HELD_SHARE = 1 / 9
 _HELD_POWER = 0.4
 
 # The rows of each of some slots; the next may overwrite the last.
