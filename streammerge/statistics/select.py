@@ -31,7 +31,6 @@ from streammerge.kernels.prune import (
     count_nonzero,
     keys,
 )
-from streammerge.memory import share_out
 from streammerge.scratch import Scratch
 from streammerge.statistics import tally
 from streammerge.statistics.tally import Bracket, Part, Tally, collect
@@ -54,11 +53,11 @@ _LARGEST_SAMPLE = 2 << 20
 _SAMPLED_SHARE = 1 / 64
 # A wider bracket holds more to collect; one that misses costs a read of one tensor.
 _SPREADS = 3.5
-# State of one slot, at most; the share of a LoRA's delta inside a bracket around its median, from
+# State of a slot, at most; the share of a LoRA's delta inside a bracket around its median, from
 # the smallest sample, at rank 4 (half of that at rank 16); and the power by which it falls as
 # samples grow, as measured.
 _MOST_STATE_BYTES = 20 << 20
-_HELD_SHARE = 1 / 9
+_HELD_SHARE = 2 / 21
 _HELD_POWER = 0.4
 
 # The rows of each of some slots; the next may overwrite the last.
@@ -78,12 +77,8 @@ def state_bytes(spec: TensorSpec, counts: Collection[int]) -> tuple[int, int]:
     One of them at a time goes over to bins, and holds both.
     """
     bins = _least_state_bytes()
-    return (len(counts) + 1) * bins, sum(_useful_bytes(spec, k) for k in counts) + bins
-
-
-def _useful_bytes(spec: TensorSpec, k: int) -> int:
-    """State that one slot can make use of."""
-    return max(_least_state_bytes(), min(_held_bytes(spec, k), _MOST_STATE_BYTES))
+    most = sum(max(bins, min(_held_bytes(spec, k), _MOST_STATE_BYTES)) for k in counts)
+    return (len(counts) + 1) * bins, most + bins
 
 
 def _held_bytes(spec: TensorSpec, k: int) -> int:
@@ -127,13 +122,11 @@ def select(
             pending[slot] = Bracket(k)
     if not pending:
         return thresholds
-    least = _least_state_bytes()
-    wants = [(least, _useful_bytes(spec, one.k)) for one in pending.values()]
-    shares = dict(zip(pending, share_out(state_bytes - least, wants), strict=True))
+    state_bytes -= _least_state_bytes()  # of one that goes over to bins, and holds both
     subject = Subject(spec, look, recount, whole_rows)
     if spec.numel < _SAMPLE_FROM or subject.sample() == Tile(0, spec.rows):
-        return Counting(subject, pending, thresholds, shares)
-    return SampledBracket(subject, pending, thresholds, shares)
+        return Counting(subject, pending, thresholds, state_bytes)
+    return SampledBracket(subject, pending, thresholds, state_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +194,13 @@ class SampledBracket:
         subject: Subject,
         pending: dict[int, Bracket],
         thresholds: Thresholds,
-        shares: Mapping[int, int],
+        state_bytes: int,
     ) -> None:
         self._subject = subject
         self._spec = subject.spec
         self._pending = pending
         self._thresholds = thresholds
-        self._shares = shares  # bytes of state, by slot
+        self._state_bytes = state_bytes
         self._found: dict[int, Bracket] = {}
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
@@ -233,7 +226,7 @@ class SampledBracket:
         self._found = part
 
     def finish(self) -> Fold:
-        return Counting(self._subject, self._found, self._thresholds, self._shares)
+        return Counting(self._subject, self._found, self._thresholds, self._state_bytes)
 
 
 def _bracket(sample: Keys, k: int, spec: TensorSpec) -> Bracket:
@@ -279,14 +272,14 @@ class Counting:
         subject: Subject,
         pending: dict[int, Bracket],
         thresholds: Thresholds,
-        shares: Mapping[int, int],
+        state_bytes: int,
     ) -> None:
         self._subject = subject
         self._spec = subject.spec
         self._thresholds = thresholds
-        self._shares = shares  # bytes of state, by slot
+        self._state_bytes = state_bytes
         self._pending = pending
-        self._tallies = {slot: Tally(one, shares[slot]) for slot, one in pending.items()}
+        self._tallies = {slot: Tally(one) for slot, one in pending.items()}
 
     def wants(self, grid: Sequence[Tile]) -> Sequence[Tile]:
         return grid
@@ -304,8 +297,14 @@ class Counting:
         return replace(part, nonzero=count_nonzero(rows))
 
     def absorb(self, tile_index: int, part: dict[int, Part]) -> None:
+        tallies = self._tallies.values()
         for slot, one in self._tallies.items():
             one.add(part[slot])
+        while sum(one.held_bytes for one in tallies) > self._state_bytes:
+            shrink = [one for one in tallies if one.shrinks]
+            if not shrink:
+                break
+            max(shrink, key=lambda one: one.held_bytes).start_bins()
 
     def finish(self) -> Fold | StatisticValue:
         """All thresholds, or a further read for those that missed or held too much."""
@@ -326,7 +325,7 @@ class Counting:
             else:
                 pending[slot] = one.narrowed()
         if pending:
-            return Counting(self._subject, pending, self._thresholds, self._shares)
+            return Counting(self._subject, pending, self._thresholds, self._state_bytes)
         return self._thresholds
 
     def _settle(self, slot: int, one: Tally) -> None:

@@ -113,34 +113,38 @@ def _binned(above: int, found: Keys, bracket: Bracket) -> Part:
 
 
 class Tally:
-    """The parts of one slot: held as they come, binned once they hold too much."""
+    """The parts of one slot: held as they come, or binned, which takes no more than BINS."""
 
-    def __init__(self, bracket: Bracket, most_bytes: int) -> None:
+    def __init__(self, bracket: Bracket) -> None:
         self.bracket = bracket
         self.above = 0
         self.nonzero = 0
         self.parts: list[Part] = []
         self.bins: NDArray[np.int64] | None = None
-        self._most_bytes = most_bytes
-        self._held = 0
+        self.held_bytes = 0
 
     def add(self, part: Part) -> None:
         self.above += part.above
         self.nonzero += part.nonzero
-        if self.bins is None:
-            self.parts.append(part)
-            self._held += part.nbytes
-            narrow = self.bracket.high - self.bracket.low == 1  # binned, it would stay as it is
-            if part.bins is not None or (self._held > self._most_bytes and not narrow):
-                self._start_bins()
-        else:
+        if self.bins is not None:
             self._bin(part)
+            return
+        self.parts.append(part)
+        self.held_bytes += part.nbytes
+        if part.bins is not None:
+            self.start_bins()
 
-    def _start_bins(self) -> None:
+    @property
+    def shrinks(self) -> bool:
+        """Whether it can go over to bins; of a single key they would tell nothing."""
+        return self.bins is None and self.bracket.high - self.bracket.low > 1
+
+    def start_bins(self) -> None:
         self.bins = np.zeros(BINS, np.int64)
         for part in self.parts:
             self._bin(part)
         self.parts.clear()
+        self.held_bytes = self.bins.nbytes
 
     def _bin(self, part: Part) -> None:
         assert self.bins is not None

@@ -144,7 +144,7 @@ class TestNarrowing:
             grid = cut_rows(31, 3, 4, 17)
             spec = TensorSpec("w", delta.shape, DType.F32)
             pending = {0: Bracket(max(1, int(share * delta.size)), *bracket)}
-            fold = Counting(Subject(spec, each_model), pending, Thresholds(1), {0: each})
+            fold = Counting(Subject(spec, each_model), pending, Thresholds(1), each)
             value, _ = fold_over(fold, [delta], grid)
             assert_kept(value, [delta], grid, [share])
 
@@ -155,9 +155,7 @@ class TestNarrowing:
         spec = TensorSpec("w", (31, 11), DType.F32)
         pending = {0: Bracket(100, 1, 2), 1: Bracket(7)}
         value, reads = fold_over(
-            Counting(
-                Subject(spec, each_model), pending, Thresholds(2), dict.fromkeys(pending, 1 << 20)
-            ),
+            Counting(Subject(spec, each_model), pending, Thresholds(2), 1 << 20),
             deltas,
             grid,
         )

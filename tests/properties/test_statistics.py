@@ -83,6 +83,6 @@ def test_any_bracket_is_exact(
     high = data.draw(st.sampled_from([edge for edge in edges if edge > low]))
     spec = TensorSpec("w", delta.shape, DType.F32)
     pending = {0: Bracket(k, low, high)}
-    fold = Counting(Subject(spec, each_model), pending, Thresholds(1), {0: state_bytes})
+    fold = Counting(Subject(spec, each_model), pending, Thresholds(1), state_bytes)
     value, _ = fold_over(fold, [delta], cut_rows(len(delta), *tops))
     assert_kept(value, delta, k, tops)
