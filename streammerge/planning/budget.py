@@ -16,7 +16,7 @@ from streammerge.planning.cost import MOST_JOBS, Demand
 
 # Room for the state of statistics: so much for each thread, up to the first of the sizes, keeps all
 # threads busy; with less than the largest tensor can use, it may be read once more.
-_STATE_BYTES = 24 * MIB
+_STATE_BYTES = 10 * MIB
 _STATES = tuple(size * MIB for size in (96, 48, 24, 12, 4, 1))
 # What Python, the pool and the journal take besides the buffers: chosen, and held to by
 # scripts/memory.

@@ -88,10 +88,11 @@ class Needs:
     def buffers(self) -> tuple[int, int]:
         """Buffers of a tile to measure, the stack not counted: kept in the scratch; in passing.
 
-        Statistics share them. Where nobody looks at the stack, one of them is for rows.
+        Statistics share them. One is for the rows of those that look at one model after the other,
+        when they have a wave for themselves.
         """
         each = [Buffers(), *(one.buffers(self._knobs) for one in self._reading())]
-        rows = int(len(each) > 1 and not self.stacks())
+        rows = int(any(not one.stacked for one in each))
         return rows + max(one.kept for one in each), max(one.passing for one in each)
 
     def stacks(self) -> bool:
