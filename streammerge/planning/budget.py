@@ -12,7 +12,7 @@ from heapq import nlargest
 
 from streammerge import system
 from streammerge.memory import MIB, over_budget
-from streammerge.planning.cost import MOST_JOBS, Demand
+from streammerge.planning.cost import MOST_JOBS, Demand, sampled_at_once
 
 # Room for the state of statistics: so much for each thread, up to the first of the sizes, keeps all
 # threads busy; with less than the largest tensor can use, it may be read once more.
@@ -59,6 +59,7 @@ def project(demand: Demand, start: Start, threads: int, window: int, state_bytes
     flight = Flight(threads, window, state_bytes, 0)
     needed = (
         threads * (demand.worker_bytes + _THREAD_BYTES)
+        + sampled_at_once(demand, threads)
         + held
         + flight.parts_ahead * demand.part_bytes
         + _FIXED_BYTES

@@ -49,6 +49,7 @@ class Demand:
     progress_bytes: int = 0  # of the output, counted once for each read of a tensor
     most_reads: int = 1
     worker_bytes: int = 0  # of one thread, at its largest tile
+    sample_bytes: list[int] = field(default_factory=list)  # of a thread besides, the largest
     resident_bytes: list[int] = field(default_factory=list)  # of the jobs that hold most
     states: list[State] = field(default_factory=list)  # the largest
     part_bytes: int = 0  # of one measured part
@@ -102,21 +103,23 @@ def _add_merge(demand: Demand, job: MergeJob, moved: Traffic) -> None:
     demand.states = nlargest(
         MOST_JOBS, [*demand.states, State(*merged.state_bytes())], key=lambda one: one.most
     )
-    demand.worker_bytes = max(demand.worker_bytes, _worker_bytes(job, moved.samples))
+    _add_buffers(demand, job, moved.samples)
 
 
-def _worker_bytes(job: MergeJob, samples: Iterable[Tile]) -> int:
-    """Of one thread: buffers for a tile of the grid, and those that a larger sample needs."""
+def _add_buffers(demand: Demand, job: MergeJob, samples: Iterable[Tile]) -> None:
+    """Add the buffers of a thread for a tile of the grid, and those that a larger sample needs."""
     merged, target = job.merged, job.target.spec
     tile = grid.largest_tile(merged.spec)
     rows, cols = tile.shape(merged.spec)
-    most = of_grid = merged.scratch_bytes(tile) + rows * target.cols * target.dtype.itemsize
+    worker = merged.scratch_bytes(tile) + rows * target.cols * target.dtype.itemsize
     for sample in samples:
         sampled_rows, sampled_cols = sample.shape(merged.measured)
         of_sample = merged.scratch_bytes(sample)
-        larger = sampled_rows * sampled_cols > rows * cols
-        most = max(most, of_grid + of_sample if larger else of_sample)
-    return most
+        if sampled_rows * sampled_cols > rows * cols:
+            demand.sample_bytes = nlargest(MOST_JOBS, [*demand.sample_bytes, of_sample])
+        else:
+            worker = max(worker, of_sample)
+    demand.worker_bytes = max(demand.worker_bytes, worker)
 
 
 def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:
@@ -126,6 +129,13 @@ def _add_beyond(demand: Demand, job: MergeJob, beyond: Merged) -> int:
         output = (tile.stop - tile.start) * spec.cols * spec.dtype.itemsize
         demand.worker_bytes = max(demand.worker_bytes, beyond.scratch_bytes(tile) + output)
     return beyond.resident_bytes
+
+
+def sampled_at_once(demand: Demand, threads: int) -> int:
+    """Buffers for large samples, of each thread that may come to take one: it keeps them."""
+    known = demand.sample_bytes
+    unknown = max(0, threads - MOST_JOBS) if len(known) == MOST_JOBS else 0
+    return sum(known[:threads]) + unknown * min(known, default=0)
 
 
 def spilled_at_once(demand: Demand, window: int, *, keep: bool) -> int:
