@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from streammerge.scheduler import (
     Measure,
     Merge,
     Room,
+    Track,
     drive,
     pieces_of,
 )
@@ -127,7 +128,7 @@ class _Loop:
         worker = Worker(self._plan, self._sink, keep_nan=self._manner.keep_nan)
         with ThreadPoolExecutor(flight.threads, "worker") as pool:
             done = drive(
-                self._courses(),
+                self._tracks(),
                 lambda item: pool.submit(worker.work, item),
                 capacity=2 * flight.threads,
                 window=flight.window,
@@ -145,15 +146,17 @@ class _Loop:
                 found=f"{self._meter.share()} done, and kept there",
             )
 
-    def _courses(self) -> Iterator[Course]:
-        flight = self._plan.flight
-        room = Room(flight.state_bytes)
-        for job in self._plan.jobs():
+    def _tracks(self) -> list[Track]:
+        room = Room(self._plan.flight.state_bytes)
+        return [Track(self._courses(jobs, room)) for jobs in self._plan.tracks()]
+
+    def _courses(self, jobs: Iterable[Job], room: Room) -> Iterator[Course]:
+        for job in jobs:
             done = self._earlier.of(job)
             self._meter.skip_reads(job, done)
             if isinstance(job, CopyJob) and 0 in done.pieces:
                 self._changes.copied(job.target.spec.name, job.source.path)
-            yield Course(job, room, flight.parts_ahead, done)
+            yield Course(job, room, self._plan.flight.parts_ahead, done)
 
     def _note_down(self, item: Item, result: Any) -> None:
         if isinstance(item, Merge | Copy):

@@ -3,7 +3,8 @@
 Each job runs its course: while statistics are missing, a wave of measured tiles and a finish for
 each; then the wave of merged tiles. What is in flight is bounded by numbers of the plan: items by
 `capacity`, jobs by `window`, statistics by the `Room` for their state, and measured parts may be
-only so far ahead of the next to absorb.
+only so far ahead of the next to absorb. Jobs of several output files are in flight side by side,
+for the kernel lets one thread at a time write to a file.
 """
 
 from __future__ import annotations
@@ -230,8 +231,52 @@ def _copies(job: CopyJob) -> Iterator[Copy]:
         yield Copy(job, index, len(starts), start, min(COPY_BYTES, size - start))
 
 
+class Track:
+    """The courses of one output file, in their order."""
+
+    def __init__(self, courses: Iterable[Course]) -> None:
+        self.active: list[Course] = []
+        self.writing = 0  # items in flight
+        self._coming = iter(courses)
+        self._waiting: list[Course] = []
+
+    def next(self, free: int) -> tuple[Course, Item] | None:
+        """An item of the earliest job that has one; so many more jobs may be opened for it."""
+        for course in self.active:
+            item = course.next()
+            if item is not None:
+                return course, item
+        while free > 0:
+            opened = self._open()
+            if opened is None:
+                return None
+            item = opened.next()
+            if not opened.done:
+                self.active.append(opened)
+                free -= 1
+            if item is not None:
+                return opened, item
+        return None
+
+    def _open(self) -> Course | None:
+        """The next that may begin. Those that wait hold nothing, and keep nobody waiting."""
+        for course in self._waiting:
+            if not course.waits(self.active):
+                self._waiting.remove(course)
+                return course
+        for course in self._coming:
+            if not course.waits(self.active):
+                return course
+            self._waiting.append(course)
+        return None
+
+    def retire(self) -> None:
+        """Let go of the jobs that are over."""
+        self.active[:] = [course for course in self.active if not _retire(course)]
+
+
 def drive(
-    courses: Iterable[Course],
+    tracks: Sequence[Track],
     submit: Callable[[Item], Future[Any]],
     *,
     capacity: int,
@@ -243,66 +288,40 @@ def drive(
     The first item that fails ends the run with its exception, once those in flight are over. Once
     `stopped`, no more are begun, and the run ends with those in flight.
     """
-    coming = iter(courses)
-    active: list[Course] = []
-    waiting: list[Course] = []
-    running: dict[Future[Any], tuple[Course, Item]] = {}
+    running: dict[Future[Any], tuple[Track, Course, Item]] = {}
     finished: SimpleQueue[Future[Any]] = SimpleQueue()
     try:
         while True:
             while len(running) < capacity and not stopped():
-                picked = _pick(active, waiting, coming, window)
+                picked = _pick(tracks, window)
                 if picked is None:
                     break
-                future = submit(picked[1])
+                track, _, item = picked
+                future = submit(item)
                 running[future] = picked
+                track.writing += isinstance(item, Copy | Merge)
                 future.add_done_callback(finished.put)
             if not running:
                 return
             future = finished.get()
-            course, item = running.pop(future)
+            track, course, item = running.pop(future)
             result = future.result()
+            track.writing -= isinstance(item, Copy | Merge)
             course.take(item, result)
             yield item, result
-            active[:] = [course for course in active if not _retire(course)]
+            track.retire()
     finally:
         for future in running:
             future.cancel()
         wait(running)
 
 
-def _pick(
-    active: list[Course], waiting: list[Course], coming: Iterator[Course], window: int
-) -> tuple[Course, Item] | None:
-    """An item of the earliest job that has one, opening the next job when there is room."""
-    for course in active:
-        item = course.next()
-        if item is not None:
-            return course, item
-    while len(active) < window:
-        opened = _open(active, waiting, coming)
-        if opened is None:
-            return None
-        item = opened.next()
-        if not opened.done:
-            active.append(opened)
-        if item is not None:
-            return opened, item
-    return None
-
-
-def _open(
-    active: Sequence[Course], waiting: list[Course], coming: Iterator[Course]
-) -> Course | None:
-    """The next course that may begin. Those that wait hold nothing, and keep nobody waiting."""
-    for course in waiting:
-        if not course.waits(active):
-            waiting.remove(course)
-            return course
-    for course in coming:
-        if not course.waits(active):
-            return course
-        waiting.append(course)
+def _pick(tracks: Sequence[Track], window: int) -> tuple[Track, Course, Item] | None:
+    """An item for the file that is written to least, so that threads seldom wait for each other."""
+    for track in sorted(tracks, key=lambda track: track.writing):
+        found = track.next(window - sum(len(one.active) for one in tracks))
+        if found is not None:
+            return track, *found
     return None
 
 

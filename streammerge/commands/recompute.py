@@ -23,7 +23,7 @@ from streammerge.planning.differences import differences
 from streammerge.planning.fingerprint import identify
 from streammerge.publication import recorded_identity
 from streammerge.recipe import to_yaml
-from streammerge.scheduler import Course, Done, Room, drive, pieces_of
+from streammerge.scheduler import Course, Done, Room, Track, drive, pieces_of
 from streammerge.storage.bytesource import Files
 from streammerge.storage.checksum import checksum
 from streammerge.storage.header import read_header
@@ -171,9 +171,10 @@ def _derive(plan: Plan, sample: Mapping[str, frozenset[int]], comparison: _Compa
                 done = Done(_others(job, wanted))
                 yield Course(job, room, flight.parts_ahead, done)
 
+    tracks = [Track(courses())]
     with ThreadPoolExecutor(flight.threads, "worker") as pool:
         submit = lambda item: pool.submit(worker.work, item)  # noqa: E731
-        for _ in drive(courses(), submit, capacity=2 * flight.threads, window=flight.window):
+        for _ in drive(tracks, submit, capacity=2 * flight.threads, window=flight.window):
             pass
 
 

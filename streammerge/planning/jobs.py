@@ -43,8 +43,8 @@ class MergeJob:
     """A tensor that is computed. `models` are the positions in the recipe of those that take part,
     in the order in which the merge reports their norms. `beyond` gives the rows that the base
     lacks, where the target has more of them than `merged`. `choices` are of those whose rows are
-    wanted more than once. `after` is one that is to be over before this one begins, as this takes
-    over what it found."""
+    wanted more than once. `after` is one of the same file that is to be over before this one
+    begins, as this takes over what it found."""
 
     merged: Merged
     target: Extent
@@ -99,12 +99,11 @@ class Composer:
         self.pairs = Pairs(recipe, files)
         self._on_deltas = recipe.method.on_deltas(has_base=recipe.base is not None)
 
-    def jobs(self, layouts: Sequence[ShardLayout]) -> Iterator[Job]:
-        """In the order of the output's files; tensors without elements need none."""
-        for layout in layouts:
-            for name, target in layout.extents.items():
-                if target.spec.numel:
-                    yield self.job(name, target)
+    def jobs(self, layout: ShardLayout) -> Iterator[Job]:
+        """In the order of the file; tensors without elements need none."""
+        for name, target in layout.extents.items():
+            if target.spec.numel:
+                yield self.job(name, target)
 
     def job(self, name: str, target: Extent) -> Job:
         donor = self._inputs.donor.tensors[name]

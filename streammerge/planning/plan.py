@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,14 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def jobs(self) -> Iterator[Job]:
-        """Composed one by one, in the order of the output's files."""
+    def tracks(self) -> list[Iterator[Job]]:
+        """The jobs of each file of the output, in its order; composed one by one."""
         composer = Composer(self.recipe, self.inputs, self.files, self.chooser, self.store)
-        return _jobs(composer, self.layouts, self.adapter)
+        return [_jobs(composer, layout, self.adapter) for layout in self.layouts]
+
+    def jobs(self) -> Iterator[Job]:
+        """All of them, file by file."""
+        return chain.from_iterable(self.tracks())
 
     def tensors(self) -> Iterator[TensorPlan]:
         """What happens to each output tensor that has elements, in the order of `jobs`."""
@@ -199,7 +204,8 @@ def make_plan(
     store = SpillStore(spill.cache, keep=spill.keep)
 
     def jobs(chooser: Chooser) -> Iterator[Job]:
-        return _jobs(Composer(recipe, inputs, files, chooser, store), layouts, adapter)
+        composer = Composer(recipe, inputs, files, chooser, store)
+        return chain.from_iterable(_jobs(composer, layout, adapter) for layout in layouts)
 
     limits = Limits(budget_bytes, threads, sum(layout.size_bytes for layout in layouts))
     fit = fitted(jobs, spill, limits)
@@ -247,10 +253,8 @@ def _adapter_warnings(inputs: Inputs) -> list[str]:
     return [f"{name}: {line}" for name, adapter in adapters for line in adapter.warnings]
 
 
-def _jobs(
-    composer: Composer, layouts: tuple[ShardLayout, ...], adapter: AdapterOutput | None
-) -> Iterator[Job]:
-    return adapter.jobs(composer, layouts[0]) if adapter else composer.jobs(layouts)
+def _jobs(composer: Composer, layout: ShardLayout, adapter: AdapterOutput | None) -> Iterator[Job]:
+    return adapter.jobs(composer, layout) if adapter else composer.jobs(layout)
 
 
 def _ranks(inputs: Inputs) -> int:

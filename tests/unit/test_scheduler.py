@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from streammerge import grid, scheduler
 from streammerge.planning import CopyJob, MergeJob
 from streammerge.planning.cost import State
-from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, Room, drive
+from streammerge.scheduler import Copy, Course, Finish, Item, Measure, Merge, Room, Track, drive
 from streammerge.words import DeltaStack, DType, Extent, Fold, StatisticValue, TensorSpec, Tile
 from tests.contracts.any_order import AnyOrder
 
@@ -156,8 +156,12 @@ def run(
     window: int = 2,
     ahead: int = 3,
     room: int = 1 << 20,
+    files: int = 1,
 ) -> tuple[list[Item], Watch]:
-    """Drive jobs in an order of finishing drawn from the seed; no thread takes part."""
+    """Drive jobs in an order of finishing drawn from the seed; no thread takes part.
+
+    They are dealt out to so many files, in turn.
+    """
     watch, pool = Watch(ahead, room), AnyOrder(seed)
     in_flight: set[int] = set()
 
@@ -171,7 +175,8 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "SimpleQueue", pool.queue)
         left = {job.target.spec.name: _items(job) for job in jobs}
-        for item, _ in drive(watch.courses(jobs), submit, capacity=capacity, window=window):
+        tracks = [Track(watch.courses(jobs[first::files])) for first in range(files)]
+        for item, _ in drive(tracks, submit, capacity=capacity, window=window):
             in_flight.discard(id(item))
             watch.over(item)
             finished.append(item)
@@ -265,17 +270,18 @@ def test_nothing_is_merged_before_its_statistics_are_there() -> None:
     ),
     st.integers(0, 12),
     st.integers(1, 4),
+    st.integers(1, 3),
     st.integers(0, 99),
 )
 def test_statistics_share_the_room_for_their_state(
-    tensors: list[tuple[int, int, bool, int]], room: int, window: int, seed: int
+    tensors: list[tuple[int, int, bool, int]], room: int, window: int, files: int, seed: int
 ) -> None:
     """No more of it at once than there is, or one that needs more; and nobody waits for ever."""
     jobs = [merge_job(str(i), rows, sampled) for i, (rows, _, sampled, _) in enumerate(tensors)]
     for job, (_, reads, _, state) in zip(jobs, tensors, strict=True):
         merged: Any = job.merged
         merged.statistics, merged.state = {"cut": reads}, state
-    _, watch = run(jobs, seed=seed, window=window, room=room)
+    _, watch = run(jobs, seed=seed, window=window, room=room, files=files)
     assert watch.most_state <= max(room, *(state // 2 for *_, state in tensors))
     assert not watch.state
 
@@ -324,15 +330,16 @@ def test_a_job_is_released_once_when_it_is_over() -> None:
     capacity=st.integers(1, 9),
     window=st.integers(1, 5),
     ahead=st.integers(1, 6),
+    files=st.integers(1, 4),
 )
 def test_what_is_in_flight_is_bounded(
-    sizes: list[tuple[int, int]], seed: int, capacity: int, window: int, ahead: int
+    sizes: list[tuple[int, int]], seed: int, capacity: int, window: int, ahead: int, files: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid, "TILE_ELEMENTS", 1)
         most_ahead = _watch_parts(patch)
         jobs = [merge_job(f"{i}", rows, cut=reads) for i, (rows, reads) in enumerate(sizes)]
-        _, watch = run(jobs, seed=seed, capacity=capacity, window=window, ahead=ahead)
+        _, watch = run(jobs, seed=seed, capacity=capacity, window=window, ahead=ahead, files=files)
     assert watch.most_running <= capacity
     assert watch.most_open <= window
     assert most_ahead() <= ahead
@@ -368,6 +375,36 @@ def test_waves_of_different_tensors_overlap() -> None:
     assert names != sorted(names)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_threads_write_to_different_files(seed: int) -> None:
+    """As long as each has something to write: the kernel lets one at a time write to a file."""
+    files: list[list[Job]] = [
+        [copy_job("a", 90), merge_job("b", 5)],
+        [merge_job("c", 9), copy_job("d", 60)],
+    ]
+    where = {id(job): file for file, jobs in enumerate(files) for job in jobs}
+    left = [sum(_items(job) for job in jobs) for jobs in files]
+    writing, together = [0, 0], 0
+    watch, pool = Watch(3), AnyOrder(seed)
+
+    def submit(item: Item) -> Future[Any]:
+        file = where[id(item.job)]
+        left[file] -= 1
+        writing[file] += 1
+        if all(left):
+            assert writing[file] == 1
+        return pool.submit(watch.work, item)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "SimpleQueue", pool.queue)
+        tracks = [Track(watch.courses(jobs)) for jobs in files]
+        for item, _ in drive(tracks, submit, capacity=2, window=2):
+            together += all(writing)
+            writing[where[id(item.job)]] -= 1
+    assert together >= 10
+    assert left == [0, 0]
+
+
 # ---------------------------------------------------------------------------------------- failure
 
 
@@ -399,9 +436,8 @@ def test_the_first_failure_stops_and_is_raised(kind: type[Item]) -> None:
 
     watch = Watch(8)
     with ThreadPoolExecutor(3) as pool, pytest.raises(Broken) as caught:
-        for _ in drive(
-            watch.courses(jobs), lambda item: pool.submit(work, item), capacity=6, window=3
-        ):
+        tracks = [Track(watch.courses(jobs))]
+        for _ in drive(tracks, lambda item: pool.submit(work, item), capacity=6, window=3):
             pass
     assert isinstance(caught.value.args[0], kind)
     assert not running
@@ -427,7 +463,7 @@ def test_what_has_not_begun_is_cancelled() -> None:
 
     courses = Watch(4).courses([merge_job("a", 9)])
     with pytest.raises(Broken):
-        next(drive(courses, submit, capacity=4, window=1))
+        next(drive([Track(courses)], submit, capacity=4, window=1))
     assert [future.cancelled() for future in futures] == [True, False, True, True]
 
 
@@ -441,9 +477,8 @@ def test_a_caller_that_stops_stops_the_run() -> None:
         time.sleep(0.001)
 
     with ThreadPoolExecutor(2) as pool:
-        finished = drive(
-            watch.courses(jobs), lambda item: pool.submit(work, item), capacity=4, window=1
-        )
+        tracks = [Track(watch.courses(jobs))]
+        finished = drive(tracks, lambda item: pool.submit(work, item), capacity=4, window=1)
         next(finished)
         finished.close()  # type: ignore[attr-defined]
         assert len(started) <= 8
@@ -466,7 +501,7 @@ def drive_with(done: Mapping[str, scheduler.Done], seed: int = 0) -> list[Item]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "SimpleQueue", pool.queue)
         submit: Any = lambda item: pool.submit(watch.work, item)  # noqa: E731
-        return [item for item, _ in drive(courses, submit, capacity=4, window=2)]
+        return [item for item, _ in drive([Track(courses)], submit, capacity=4, window=2)]
 
 
 def test_pieces_that_are_done_are_left_out_and_all_others_done() -> None:
