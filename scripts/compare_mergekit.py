@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 import streammerge as sm
 
 NEAR = 1e-5
-CONFIG = (128, 192, 2, 64, 300)  # see bench_inputs
+CONFIG = (128, 192, 5, 64, 300)  # see bench_inputs
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
@@ -65,6 +65,11 @@ class Case:
 
 
 DENSE = {"density": 0.4}
+ATTENTION_AND_MLP = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.4, 0.1]},
+    {"value": 0.5},
+]
 CASES = (
     Case("linear", based=False),
     Case("linear", {"normalize": False}, based=False),
@@ -102,6 +107,16 @@ CASES = (
     Case("ram", {"epsilon": 0.01}, weighted=False),
     Case("ramplus_tl", {"epsilon": 0.01, "r": 0.5}, weighted=False),
     Case("passthrough", models=1, weighted=False, own={"scale": 0.5}, based=False),
+    # Gradients and filters, of each model and shared.
+    Case("slerp", {"t": ATTENTION_AND_MLP}, models=1, weighted=False, base_listed=True),
+    Case(
+        "linear",
+        own={"weight": [{"filter": "mlp", "value": [0.2, 1]}, {"value": [2, 1, 1]}]},
+        based=False,
+    ),
+    Case("ties", {"normalize": [True, False], "lambda": [1, 2]}, own={"density": [0.2, 0.9, 0.6]}),
+    Case("breadcrumbs", {"density": 0.6}, own={"density": [{"filter": "mlp", "value": 0.9}]}),
+    Case("dare_ties", own={"density": [{"filter": "proj", "value": 0}]}),
 )
 
 

@@ -29,9 +29,10 @@ class Knob:
     """A parameter of a merge method, with its default and bounds, as the recipe may set it.
 
     `default` None means that the recipe must give it. `above` and `below` are exclusive,
-    `at_least` and `up_to` inclusive. `about` is one line of help. `whole` and `choices` follow
-    from the parameter's type, `int` or `Literal[...]`; `switch` says for which of the choices
-    false and true stand, if they may be given too.
+    `at_least` and `up_to` inclusive; `nothing_at` is a value beyond them that a gradient or filter
+    may reach: there the model's task vector is zero. `about` is one line of help. `whole` and
+    `choices` follow from the parameter's type, `int` or `Literal[...]`; `switch` says for which of
+    the choices false and true stand, if they may be given too.
     """
 
     default: KnobValue | None = None
@@ -40,6 +41,7 @@ class Knob:
     below: float | None = None
     at_least: float | None = None
     up_to: float | None = None
+    nothing_at: float | None = None
     switch: tuple[str, str] | None = None
     whole: bool = False
     choices: tuple[str, ...] = ()

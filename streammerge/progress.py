@@ -15,7 +15,7 @@ from streammerge.planning import Plan
 from streammerge.planning.spill import SpillTotal
 from streammerge.planning.tensors import TensorPlan
 from streammerge.planning.traffic import Passes
-from streammerge.recipe import Recipe, to_yaml
+from streammerge.recipe import Recipe, to_yaml, told
 from streammerge.report import Report, describe_missed
 from streammerge.sizes import format_size
 
@@ -78,7 +78,7 @@ def plan_as_json(plan: Plan, tensors: Sequence[TensorPlan] | None = None) -> str
 def describe_plan(plan: Plan, tensors: Sequence[TensorPlan] | None = None) -> str:
     """The plan for a person, with a line for each of the tensors where they are given."""
     demand, flight = plan.demand, plan.flight
-    lines = [f"method    {plan.recipe.method.name}"]
+    lines = [f"method    {plan.recipe.method.name}{_shared(plan.recipe)}"]
     lines += [f"output    {line}" for line in _adapter(plan)]
     lines += [f"model     {line}" for line in _models(plan)]
     lines += [f"tensors   {line}" for line in _passes(plan)]
@@ -168,9 +168,16 @@ def _adapter(plan: Plan) -> Iterator[str]:
         yield f"{sketched} of the matrices approximate updates of full rank"
 
 
+def _shared(recipe: Recipe) -> str:
+    """The parameters that all models share, where they are not what they are by default."""
+    defaults = recipe.method.shared
+    own = [(n, value) for n, value in recipe.shared.items() if value != defaults[n].default]
+    return f": {', '.join(f'{name} {told(value)}' for name, value in own)}" if own else ""
+
+
 def _models(plan: Plan) -> Iterator[str]:
     for entry, model in zip(plan.recipe.entries, plan.inputs.models, strict=True):
-        knobs = ", ".join(f"{name} {value:g}" for name, value in entry.knobs.items())
+        knobs = ", ".join(f"{name} {told(value)}" for name, value in entry.knobs.items())
         part = "full model"
         if model.adapter:
             updates = len(model.adapter.updates)

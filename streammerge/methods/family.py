@@ -18,7 +18,9 @@ Divide: TypeAlias = Literal["normalize", "weights", "count", "none"]
 Equal: TypeAlias = Literal["first", "all"]
 
 Weight: TypeAlias = Annotated[PerModel, Knob(1.0, "factor of this model's task vector")]
-Density: TypeAlias = Annotated[PerModel, Knob(1.0, "share of elements to keep", above=0, up_to=1)]
+Density: TypeAlias = Annotated[
+    PerModel, Knob(1.0, "share of elements to keep", above=0, up_to=1, nothing_at=0)
+]
 Lambda: TypeAlias = Annotated[float, Knob(1.0, "factor of the merged task vector")]
 Unscaled: TypeAlias = Annotated[
     Rescale,

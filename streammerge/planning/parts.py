@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from streammerge.arrays import PerModel
 from streammerge.declarations import Knobs
 from streammerge.planning.inputs import Inputs, Model
+from streammerge.planning.knobs import TensorKnobs
 from streammerge.recipe import Recipe
 from streammerge.sources.adapted import Adapted, Change
 from streammerge.sources.combined import Combined
@@ -49,11 +51,12 @@ class Assembly:
     def __init__(self, recipe: Recipe, inputs: Inputs, files: Files) -> None:
         self._inputs = inputs
         self._files = files
-        self._shared = recipe.shared
+        self._knobs = TensorKnobs(recipe, inputs.donor.tensors)
         self._seed = recipe.seed
-        self._per_model = {
-            name: np.array([entry.knobs[name] for entry in recipe.entries], np.float64)
-            for name in recipe.method.per_model
+        self._nothing_at = {
+            name: knob.nothing_at
+            for name, knob in recipe.method.per_model.items()
+            if knob.nothing_at is not None
         }
         self._on_deltas = recipe.method.on_deltas(has_base=recipe.base is not None)
 
@@ -61,15 +64,24 @@ class Assembly:
         """The models that take part in a tensor; the base's own delta is nothing."""
         base = Dense(self._files, self._inputs.base.tensors[name]) if self._inputs.base else None
         sources = self._sources(name, base)
-        part = tuple(range(len(sources)))
+        per_model, part = self._knobs.per_model(name), tuple(range(len(sources)))
         if self._on_deltas:
-            part = tuple(i for i in part if sources[i] is not base)
-        knobs = Knobs(self._per_model, self._shared, len(sources), part, self._seed)
+            still = {i for i in part if sources[i] is base} | self._nothing(per_model)
+            part = tuple(i for i in part if i not in still)
+        knobs = Knobs(per_model, self._knobs.shared(name), len(sources), part, self._seed)
         return Parts(base, [sources[i] for i in part], part, knobs)
+
+    def _nothing(self, per_model: Mapping[str, PerModel]) -> set[int]:
+        """The models whose task vector a knob makes zero."""
+        found: set[int] = set()
+        for name, value in self._nothing_at.items():
+            found.update(np.flatnonzero(per_model[name] == value).tolist())
+        return found
 
     def owners(self, name: str, rows: int) -> Iterator[tuple[Replacement, float]]:
         """What holds all rows of a larger vocabulary, and with which weight."""
-        weights = self._per_model.get("weight", np.ones(len(self._inputs.models)))
+        ones = np.ones(len(self._inputs.models))
+        weights = self._knobs.per_model(name).get("weight", ones)
         for model, weight in zip(self._inputs.models, weights, strict=True):
             update = model.adapter.updates.get(name) if model.adapter else None
             if isinstance(update, Replacement) and update.extent.spec.rows == rows:

@@ -19,6 +19,7 @@ from streammerge.planning.cost import Demand, predict_seconds
 from streammerge.planning.fitting import Limits, fitted
 from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
+from streammerge.planning.knobs import TensorKnobs
 from streammerge.planning.layout import lay_out_shards
 from streammerge.planning.outline import Outline
 from streammerge.planning.pairs import Pairs
@@ -28,7 +29,7 @@ from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
 from streammerge.planning.tensors import TensorPlan, tensor_plan
 from streammerge.planning.ties import settle_ties
 from streammerge.planning.vocabulary import settle_vocabulary
-from streammerge.recipe import Recipe
+from streammerge.recipe import Entry, Recipe, fixed, plain
 from streammerge.storage.bytesource import Files, Io
 from streammerge.storage.folder import INDEX
 from streammerge.storage.pickles import Pickles
@@ -114,7 +115,7 @@ class Plan:
             "kind": self.recipe.kind,
             "method": self.recipe.method.name,
             "models": [
-                {"name": e.name, "applied_tensors": self.applied().get(e.name), **e.knobs}
+                {"name": e.name, "applied_tensors": self.applied().get(e.name), **_plain(e)}
                 for e in self.recipe.entries
             ],
             "tensors": {
@@ -183,6 +184,7 @@ def make_plan(
     if inputs is None:
         return None
     notes = check_models(inputs, problems)
+    TensorKnobs(recipe, inputs.donor.tensors).check(problems)
     problems.raise_any()
     inputs, outline = settle_ties(inputs, problems)
     outline = settle_vocabulary(recipe, inputs, outline, problems)
@@ -264,11 +266,19 @@ def _ranks(inputs: Inputs) -> int:
     return sum(first.rank for first in firsts)
 
 
+def _plain(entry: Entry) -> dict[str, Any]:
+    return {name: plain(value) for name, value in entry.knobs.items()}
+
+
 def _scaled_base(recipe: Recipe, inputs: Inputs) -> list[str]:
     """`linear` without normalisation scales the base, which is seldom meant."""
-    if recipe.method.space != "weights" or recipe.shared.get("normalize") is not False:
+    if (
+        recipe.varies
+        or recipe.method.space != "weights"
+        or recipe.shared.get("normalize") is not False
+    ):
         return []
-    total = sum(float(entry.knobs.get("weight", 1.0)) for entry in recipe.entries)
+    total = sum(float(fixed(entry.knobs).get("weight", 1.0)) for entry in recipe.entries)
     if abs(total - 1) < 1e-6 or not any(model.adapter for model in inputs.models):
         return []
     return [

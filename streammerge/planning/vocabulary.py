@@ -14,7 +14,7 @@ from streammerge.adapters.saved import RESIZE
 from streammerge.errors import BadInput, ConfigError, Problems
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.planning.outline import Outline
-from streammerge.recipe import Recipe
+from streammerge.recipe import Recipe, at
 from streammerge.storage.donated import tokenizer_files
 from streammerge.storage.heads import is_vocabulary
 from streammerge.storage.smallfile import read_small
@@ -130,7 +130,11 @@ def _check_weights(
     """The new rows are a mean, whatever the method does with the others."""
     for name, owners in larger.items():
         models = zip(recipe.entries, inputs.models, strict=True)
-        weights = [float(e.knobs.get("weight", 1.0)) for e, m in models if m.name in owners]
+        weights = [
+            float(at(entry.knobs.get("weight", 1.0), name, 0.0))  # of none of the layers
+            for entry, model in models
+            if model.name in owners
+        ]
         if abs(sum(weights)) < 1e-8:
             problems.add(
                 ConfigError(

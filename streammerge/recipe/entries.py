@@ -9,7 +9,6 @@ from typing import Any
 
 from streammerge.errors import ConfigError, Place, Problems
 from streammerge.recipe.document import Document
-from streammerge.recipe.parameters import Setting, settings
 from streammerge.recipe.references import default_name, identity, parse_part, parse_reference
 from streammerge.recipe.schema import (
     AdapterShape,
@@ -19,6 +18,7 @@ from streammerge.recipe.schema import (
     RecipeShape,
     shaped,
 )
+from streammerge.recipe.setting import Setting, settings
 from streammerge.recipe.values import Reference
 from streammerge.recipe.wording import KeyPath
 

@@ -8,15 +8,14 @@ is refused; or nothing that anyone knows, which is refused with its nearest neig
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from typing import Any
 
 from streammerge.declarations import Knob, KnobValue, MethodSpec
 from streammerge.errors import ConfigError, Place, Problems
-from streammerge.recipe.document import Document, Spot
-from streammerge.recipe.wording import KeyPath, dotted, nearest, shown
+from streammerge.recipe.setting import Setting, cases, expected
+from streammerge.recipe.varying import Case, Parameter, Varying
+from streammerge.recipe.wording import dotted, nearest
 
 # Every parameter of the catalogue of methods in docs and of mergekit 0.1.5, for any method.
 CATALOGUE = frozenset(
@@ -31,26 +30,6 @@ _BESIDE = ("path", "revision", "name", "assume_residual_base", "parameters")
 _VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "sce"})
 _DIVIDING = ("normalize", "normalize_weights")
 _LEAST_SUM = 1e-8
-_FLOAT32_MAX = 3.4028234663852886e38
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A parameter as it stands in the document."""
-
-    path: KeyPath
-    value: Any
-    spot: Spot
-
-    @property
-    def key(self) -> str:
-        return str(self.path[-1])
-
-
-def settings(document: Document, path: KeyPath, keys: Iterable[str]) -> list[Setting]:
-    """The parameters that stand under some keys of the mapping at a path."""
-    paths = [(*path, key) for key in keys]
-    return [Setting(at, document.at(at), document.spot(at)) for at in paths]
 
 
 class Parameters:
@@ -67,20 +46,22 @@ class Parameters:
 
     def of_all(self, given: Iterable[Setting]) -> dict[str, Setting]:
         """The settings of a recipe's top level that the method uses, each of them checked."""
-        used = self._used(given, {**self._method.per_model, **self._method.shared})
-        self._values(used, {**self._method.per_model, **self._method.shared})
+        knobs = {**self._method.per_model, **self._method.shared}
+        used = self._used(given, knobs)
+        for key, setting in used.items():
+            cases(setting, knobs[key], self._problems)
         return used
 
-    def shared(self, common: Mapping[str, Setting], where: Place) -> dict[str, KnobValue]:
+    def shared(self, common: Mapping[str, Setting], where: Place) -> dict[str, Parameter]:
         """Every shared knob; one whose value is wrong is left out."""
-        return self._complete(common, self._method.shared, where)
+        return self._complete([common], self._method.shared, where)
 
     def of_model(
         self, own: Iterable[Setting], common: Mapping[str, Setting], where: Place
-    ) -> dict[str, KnobValue]:
+    ) -> dict[str, Parameter]:
         """Every per-model knob: a model's own, else the top level's, else the default."""
         used = self._used(own, self._method.per_model)
-        return self._complete({**common, **used}, self._method.per_model, where)
+        return self._complete([used, common], self._method.per_model, where)
 
     def warnings(self) -> list[tuple[Place, str]]:
         """Each key that has no effect, once: its first place, and why with its other places."""
@@ -127,29 +108,37 @@ class Parameters:
         )
 
     def _complete(
-        self, used: Mapping[str, Setting], knobs: Mapping[str, Knob], where: Place
-    ) -> dict[str, KnobValue]:
+        self, levels: Sequence[Mapping[str, Setting]], knobs: Mapping[str, Knob], where: Place
+    ) -> dict[str, Parameter]:
+        """All knobs; each level says what the ones before leave open, the default the rest."""
+        values: dict[str, Parameter] = {}
         for key, knob in knobs.items():
-            if knob.default is None and key not in used:
-                self._problems.add(_missing(key, knob, self._method.name, where))
-        given = self._values(used, knobs)
-        defaults = {k: knob.default for k, knob in knobs.items() if k not in used}
-        return {
-            key: value for key in knobs if (value := given.get(key, defaults.get(key))) is not None
-        }
-
-    def _values(
-        self, used: Mapping[str, Setting], knobs: Mapping[str, Knob]
-    ) -> dict[str, KnobValue]:
-        """The values that are right; each that is wrong is a problem."""
-        values: dict[str, KnobValue] = {}
-        for key, setting in used.items():
-            if key in knobs:
-                try:
-                    values[key] = _value(setting, knobs[key])
-                except ConfigError as problem:
-                    self._problems.add(problem)
+            given = [level[key] for level in levels if key in level]
+            value = self._value(key, knob, given, where)
+            if value is not None:
+                values[key] = value
         return values
+
+    def _value(
+        self, key: str, knob: Knob, given: Sequence[Setting], where: Place
+    ) -> Parameter | None:
+        """None where it is wrong, or missing."""
+        every: list[Case] = []
+        for setting in given:
+            found = cases(setting, knob, self._problems)
+            if found is None:
+                return None
+            if not every and not isinstance(setting.value, list):
+                return found[0].values[0]
+            for case in found:
+                every.append(case)
+                if case.filter is None:
+                    return Varying(tuple(every))
+        if knob.default is None:
+            self._problems.add(_missing(key, knob, self._method.name, given, where))
+        elif every:
+            return Varying((*every, Case(None, (knob.default,))))
+        return knob.default
 
 
 def check_weights(
@@ -193,68 +182,22 @@ def check_together(method: MethodSpec, knobs: Mapping[str, KnobValue], where: Pl
             )
 
 
-def _value(setting: Setting, knob: Knob) -> KnobValue:
-    value, switch = setting.value, isinstance(knob.default, bool)
-    if switch and isinstance(value, bool):
-        return value
-    if isinstance(value, list):
-        raise _wrong(setting, knob, "a list: gradients and filters are not supported yet")
-    if knob.choices:
-        return _choice(setting, knob)
-    if switch or isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(setting, knob)
-    if not math.isfinite(value) or not knob.allows(value) or (knob.whole and value % 1):
-        raise _wrong(setting, knob)
-    if abs(value) > _FLOAT32_MAX:
-        raise _wrong(setting, knob, f"{setting.spot.spelled}, which is infinite in float32")
-    return int(value) if knob.whole else float(value)
-
-
-def _choice(setting: Setting, knob: Knob) -> str:
-    """One of the names of a knob."""
-    value = setting.value
-    if knob.switch and isinstance(value, bool):
-        return knob.switch[value]
-    if isinstance(value, str) and value in knob.choices:
-        return value
-    raise _wrong(setting, knob)
-
-
-def _wrong(setting: Setting, knob: Knob, found: str | None = None) -> ConfigError:
-    return ConfigError(
-        f"{dotted(setting.path)} is not valid",
-        where=setting.spot.value,
-        found=found or shown(setting.value, setting.spot.spelled),
-        expected=_expected(knob),
-        remedy=_remedy(setting, knob),
-    )
-
-
-def _expected(knob: Knob) -> str:
-    if isinstance(knob.default, bool):
-        return "true or false"
-    if knob.choices:
-        return f"one of {', '.join(knob.choices)}"
-    number = "a whole number" if knob.whole else "a finite number"
-    return f"{number} {knob.bounds()}".strip()
-
-
-def _remedy(setting: Setting, knob: Knob) -> str:
-    kind = "true or false" if isinstance(knob.default, bool) else "one number"
-    kind = "one of these" if knob.choices else kind
-    quotes = " without quotes" if isinstance(setting.value, str) and not knob.choices else ""
-    if knob.default is None:
-        return f"write {kind}{quotes}"
-    default = str(knob.default).lower().removesuffix(".0")
-    return f"write {kind}{quotes}, or leave it out for the default, {default}"
-
-
-def _missing(key: str, knob: Knob, method: str, where: Place) -> ConfigError:
+def _missing(
+    key: str, knob: Knob, method: str, given: Sequence[Setting], where: Place
+) -> ConfigError:
+    if given:
+        return ConfigError(
+            f"{method} needs `{key}` for every tensor",
+            where=given[-1].spot.value,
+            found="filters, and nothing for tensors whose names hold none of them",
+            expected=expected(knob),
+            remedy="add a last item without a filter: `- value: ...`",
+        )
     return ConfigError(
         f"{method} needs the parameter `{key}`",
         where=where,
         found=f"no `{key}` here or at the top level",
-        expected=_expected(knob),
+        expected=expected(knob),
         remedy=f"add `{key}: ...` under `parameters:`",
     )
 

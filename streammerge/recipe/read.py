@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from streammerge.declarations import KnobValue, MethodSpec
+from streammerge.declarations import MethodSpec
 from streammerge.errors import ConfigError, Place, Problems, StreammergeError
 from streammerge.recipe.document import Document, parse
 from streammerge.recipe.entries import Draft, Drafts, unique_names
 from streammerge.recipe.files import read_text
-from streammerge.recipe.parameters import Parameters, check_together, check_weights, settings
+from streammerge.recipe.parameters import Parameters, check_together, check_weights
 from streammerge.recipe.references import identity
 from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
+from streammerge.recipe.setting import settings
 from streammerge.recipe.values import Entry, Recipe, Reference
+from streammerge.recipe.varying import Parameter, fixed
 from streammerge.recipe.wording import nearest, quoted
 from streammerge.sizes import parse_size
 from streammerge.words import FLOAT_NAMES, DType
@@ -182,7 +184,7 @@ class _Reading:
 
     def _parameters(
         self, drafts: list[Draft], method: MethodSpec
-    ) -> tuple[tuple[Entry, ...], dict[str, KnobValue]]:
+    ) -> tuple[tuple[Entry, ...], dict[str, Parameter]]:
         parameters = Parameters(method, self._methods, self._problems)
         given = settings(self._document, ("parameters",), self._shape.parameters or ())
         common = parameters.of_all(given)
@@ -199,17 +201,20 @@ class _Reading:
             for name, draft in zip(unique_names(drafts), drafts, strict=True)
         )
         self._warnings += parameters.warnings()
-        self._check_weights(entries, shared, method)
-        for entry in entries:
-            self._try(partial(check_together, method, entry.knobs, entry.place))
+        self._check(entries, shared, method)
         return entries, shared
 
-    def _check_weights(
-        self, entries: tuple[Entry, ...], shared: Mapping[str, KnobValue], method: MethodSpec
+    def _check(
+        self, entries: tuple[Entry, ...], shared: Mapping[str, Parameter], method: MethodSpec
     ) -> None:
-        weights = [float(entry.knobs["weight"]) for entry in entries if "weight" in entry.knobs]
+        """Whether values go together; planning checks those that differ from tensor to tensor."""
+        knobs = [(fixed(entry.knobs), entry.place) for entry in entries]
+        for one, place in knobs:
+            self._try(partial(check_together, method, one, place))
+        weights = [float(one["weight"]) for one, _ in knobs if "weight" in one]
         if self._whole and weights and len(weights) == len(entries):
-            self._try(lambda: check_weights(method, weights, shared, entries[0].place))
+            place = entries[0].place
+            self._try(lambda: check_weights(method, weights, fixed(shared), place))
 
     def _try(self, check: Callable[[], None]) -> None:
         try:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streammerge.declarations import KnobValue, MethodSpec
+from streammerge.declarations import MethodSpec
 from streammerge.errors import Place
+from streammerge.recipe.varying import Parameter, Varying
 from streammerge.words import DType
 
 
@@ -37,7 +38,7 @@ class Entry:
     name: str
     model: Reference
     adapter: Reference | None
-    knobs: Mapping[str, KnobValue]
+    knobs: Mapping[str, Parameter]
     place: Place = field(compare=False)
     assume_residual_base: bool = False
 
@@ -60,7 +61,7 @@ class Recipe:
     method: MethodSpec
     base: Reference | None
     entries: tuple[Entry, ...]
-    shared: Mapping[str, KnobValue]
+    shared: Mapping[str, Parameter]
     out_dtype: DType | None
     seed: int
     tokenizer: str | None
@@ -75,6 +76,12 @@ class Recipe:
     isotropize: bool  # not in full space: the merged singular values become their mean
     folder: Path
     warnings: tuple[str, ...] = field(compare=False)
+
+    @property
+    def varies(self) -> bool:
+        """Whether a knob differs from tensor to tensor."""
+        every = [self.shared, *(entry.knobs for entry in self.entries)]
+        return any(isinstance(value, Varying) for knobs in every for value in knobs.values())
 
     @property
     def missed_share(self) -> float | None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from streammerge.declarations import Knob, MethodSpec
 from streammerge.errors import Place, Problems
 from streammerge.recipe import Entry, Recipe, Reference, parse_recipe, to_yaml
+from streammerge.recipe.varying import Case, Varying
 from streammerge.words import DType
 
 TIES = MethodSpec(
@@ -17,7 +18,7 @@ TIES = MethodSpec(
     print,
     "deltas",
     "rows",
-    {"weight": Knob(1.0), "density": Knob(1.0, above=0, up_to=1)},
+    {"weight": Knob(1.0), "density": Knob(1.0, above=0, up_to=1, nothing_at=0)},
     {"lambda": Knob(1.0), "normalize": Knob(True)},
     {},
 )
@@ -45,7 +46,20 @@ text = st.text("ab1e0.-+@:#!&*[]{}'\"%|> ~,=?é😀", min_size=1, max_size=8) | 
 )
 references = st.builds(Reference, text, st.none() | text, st.just(PLACE))
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
-knobs = st.fixed_dictionaries({"weight": numbers, "density": st.floats(0, 1, exclude_min=True)})
+shares = st.floats(0, 1, exclude_min=True)
+
+
+def varying(value: st.SearchStrategy[float]) -> st.SearchStrategy[Varying]:
+    """A gradient, or filters and then one, as canonical as the reader makes them."""
+    gradients = st.lists(value, min_size=1, max_size=3).map(tuple)
+    last, filtered = st.builds(Case, st.none(), gradients), st.builds(Case, text, gradients)
+    several = st.lists(filtered.filter(lambda case: case.filter != "*"), max_size=2)
+    return st.builds(lambda cases, end: Varying((*cases, end)), several, last)
+
+
+knobs = st.fixed_dictionaries(
+    {"weight": numbers | varying(numbers), "density": shares | varying(st.floats(0, 1))}
+)
 
 
 @st.composite

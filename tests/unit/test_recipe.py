@@ -16,7 +16,7 @@ from streammerge.recipe import Recipe, build_recipe, parse_recipe, read_recipe, 
 from streammerge.words import DType
 
 ONE = Knob(1.0)
-DENSITY = Knob(1.0, above=0, up_to=1)
+DENSITY = Knob(1.0, above=0, up_to=1, nothing_at=0)
 RESCALE = Knob("none", switch=("none", "l1"), choices=("none", "l1", "density"))
 STEPS = Knob(10, at_least=1, whole=True)
 

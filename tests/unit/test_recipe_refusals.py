@@ -274,10 +274,44 @@ def test_keys_not_supported_yet_are_refused_by_name(key: str) -> None:
     assert_says(problem, 3, 1, f"{key} is not supported yet")
 
 
-@pytest.mark.parametrize("value", ["[0, 1]", "[{filter: mlp, value: 1}, {value: 0}]"])
-def test_gradients_and_filters_are_refused_by_name(value: str) -> None:
-    problem = only(f"{LINEAR}models: [{{model: a, parameters: {{weight: {value}}}}}]")
-    assert_says(problem, 2, 42, "gradients and filters are not supported yet")
+@pytest.mark.parametrize(
+    ("density", "part", "words"),
+    [
+        ("[]", "[]", ("an empty list", "a finite number above 0 and up to 1")),
+        ("[0.5, 1.5]", "1.5", ("density[1] is not valid", "1.5")),
+        ("[0.5, true]", "true", ("true",)),
+        ("[0.5, [1]]", "[1]", ("density[1]",)),
+        ("[{filter: mlp, value: 2}]", "2", ("density[0].value", "2")),
+        ("[{filter: mlp, value: [1, 2]}]", "2", ("density[0].value[1]",)),
+        ("[{filter: mlp, value: [{value: 1}]}]", "{value", ("density[0].value[0]",)),
+        ("[{fliter: mlp, value: 1}]", "fliter", ("did you mean `filter`?",)),
+        ("[{filter: 3, value: 1}]", "3", ("{filter: part of a tensor's name",)),
+        (
+            "[{filter: mlp}]",
+            "{filter",
+            ("density[0] is not valid", "the last one without a filter"),
+        ),
+        ("[{value: 1}, 0.5]", "{value", ("density[0]",)),
+        ("0", "0", ("density is not valid",)),
+    ],
+)
+def test_gradients_and_filters_that_are_wrong(
+    density: str, part: str, words: tuple[str, ...]
+) -> None:
+    before = "models: [{model: a, parameters: {density: "
+    column = len(before) + 1 + density.index(part)
+    assert_says(only(f"{TIES}{before}{density}}}}}]"), 3, column, *words)
+
+
+def test_no_gradient_of_whole_numbers() -> None:
+    problem = only(TIES + "models: [{model: a}]\nparameters: {steps: [1, 4]}")
+    assert_says(problem, 4, 21, "parameters.steps", "between whose whole numbers")
+
+
+def test_a_parameter_without_a_default_needs_a_last_value() -> None:
+    text = "merge_method: nearswap\nbase_model: b\nmodels: [{model: a}]\n"
+    problem = only(f"{text}parameters: {{t: [{{filter: mlp, value: 1}}]}}")
+    assert_says(problem, 4, 17, "for every tensor", "- value: ...")
 
 
 @pytest.mark.parametrize("value", ["l2", "L1", "1", "''"])
