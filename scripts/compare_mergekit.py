@@ -40,6 +40,7 @@ class Case:
     own: Mapping[str, Any] = field(default_factory=dict)
     base_listed: bool = False
     based: bool = True
+    sliced: bool = False  # the models as sources of one slice
     differs: str = ""  # why, in short, where the formula is not the same
 
     def recipe(self, folder: Path) -> dict[str, Any]:
@@ -51,17 +52,22 @@ class Case:
             entries.append({"model": str(folder / name), "parameters": {**weight, **self.own}})
         base = {"base_model": str(folder / "base")} if self.based else {}
         shared = {"parameters": dict(self.shared)} if self.shared else {}
+        listed: dict[str, Any] = {"models": entries}
+        if self.sliced:
+            sources = [{**entry, "layer_range": [0, CONFIG[2]]} for entry in entries]
+            listed = {"slices": [{"sources": sources}]}
         return {
             "merge_method": self.method,
             **base,
-            "models": entries,
+            **listed,
             **shared,
             "dtype": "float32",
         }
 
     def __str__(self) -> str:
         given = {**self.own, **self.shared}
-        return f"{self.method} {', '.join(f'{k} {v}' for k, v in given.items())}".strip()
+        sliced = " in a slice" if self.sliced else ""
+        return f"{self.method}{sliced} {', '.join(f'{k} {v}' for k, v in given.items())}".strip()
 
 
 DENSE = {"density": 0.4}
@@ -109,6 +115,14 @@ CASES = (
     Case("passthrough", models=1, weighted=False, own={"scale": 0.5}, based=False),
     # Gradients and filters, of each model and shared.
     Case("slerp", {"t": ATTENTION_AND_MLP}, models=1, weighted=False, base_listed=True),
+    Case(
+        "slerp",
+        {"t": ATTENTION_AND_MLP},
+        models=1,
+        weighted=False,
+        base_listed=True,
+        sliced=True,
+    ),
     Case(
         "linear",
         own={"weight": [{"filter": "mlp", "value": [0.2, 1]}, {"value": [2, 1, 1]}]},

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from streammerge.errors import BadInput, Problems
+from streammerge.errors import BadInput, ConfigError, Problems
 from streammerge.planning.inputs import Inputs, Model
+from streammerge.planning.knobs import Layers
+from streammerge.recipe import Recipe
 from streammerge.storage.folder import ModelFolder
 from streammerge.storage.smallfile import read_small
 from streammerge.words import Extent, TensorSpec
@@ -29,6 +31,22 @@ def check_models(inputs: Inputs, problems: Problems) -> list[str]:
     for folder in {model.folder.path: model.folder for model in inputs.models}.values():
         notes += (f"{folder.path}: {note}" for note in folder.notes)
     return notes
+
+
+def check_layers(recipe: Recipe, inputs: Inputs, problems: Problems) -> None:
+    """Whether the models have as many layers as a slice of the recipe says."""
+    for entry, model in zip(recipe.entries, inputs.models, strict=True):
+        counts = sorted(set(Layers(model.folder.tensors).counts.values()), reverse=True)
+        if entry.layers is not None and entry.layers not in counts:
+            problems.add(
+                ConfigError(
+                    f"the slice takes {entry.layers} layers of {model.name}, which has others",
+                    where=entry.place,
+                    found=f"{' or '.join(map(str, counts)) or 'no'} layers in {model.folder.path}",
+                    expected="all layers: slices that take models apart are not supported yet",
+                    remedy=f"write layer_range: [0, {counts[0]}]" if counts else "use `models:`",
+                )
+            )
 
 
 def _compare(donor: ModelFolder, model: Model, problems: Problems) -> Iterator[str]:

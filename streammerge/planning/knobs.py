@@ -72,12 +72,13 @@ class Layers:
             split = _split(name)
             if split is not None:
                 found.setdefault(split[0], set()).add(split[1])
-        self._counts = {tower: len(every) for tower, every in found.items() if _whole(every)}
+        # What stands before the number -> how many layers it counts.
+        self.counts = {tower: len(every) for tower, every in found.items() if _whole(every)}
 
     def depth(self, name: str) -> float:
         """0 for the first layer and what belongs to none, 1 for the last, and for a single one."""
         tower, layer = _split(name) or ("", 0)
-        count = self._counts.get(tower)
+        count = self.counts.get(tower)
         if count is None:
             return 0.0
         return layer / (count - 1) if count > 1 else 1.0

@@ -14,7 +14,7 @@ from streammerge.errors import Problems
 from streammerge.planning.adapter_fit import Fitting
 from streammerge.planning.adapter_output import AdapterOutput, adapter_output
 from streammerge.planning.budget import Flight
-from streammerge.planning.checks import check_models, float64_note, template_notes
+from streammerge.planning.checks import check_layers, check_models, float64_note, template_notes
 from streammerge.planning.cost import Demand, predict_seconds
 from streammerge.planning.fitting import Limits, fitted
 from streammerge.planning.inputs import Inputs, open_inputs
@@ -184,6 +184,7 @@ def make_plan(
     if inputs is None:
         return None
     notes = check_models(inputs, problems)
+    check_layers(recipe, inputs, problems)
     TensorKnobs(recipe, inputs.donor.tensors).check(problems)
     problems.raise_any()
     inputs, outline = settle_ties(inputs, problems)

@@ -1,9 +1,9 @@
-"""`models` and `adapters` of a recipe -> drafts of its entries, before the method is looked at."""
+"""`models`, `slices`, `adapters` -> drafts of the entries, before the method is looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from streammerge.recipe.schema import (
     PairShape,
     PathShape,
     RecipeShape,
+    SliceShape,
+    SourceShape,
     shaped,
 )
 from streammerge.recipe.setting import Setting, settings
@@ -23,6 +25,8 @@ from streammerge.recipe.values import Reference
 from streammerge.recipe.wording import KeyPath
 
 Pair = tuple[Reference, Reference | None]
+
+SLICE: KeyPath = ("slices", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class Draft:
     own: list[Setting]
     place: Place
     assume_residual_base: bool = False
+    layers: int | None = None
 
 
 class Drafts:
@@ -63,8 +68,8 @@ class Drafts:
         return base
 
     def all(self, shape: RecipeShape, base: Reference | None) -> list[Draft]:
-        """Models first, then adapters, in the order of the file."""
-        drafts = [*self._models(len(shape.models or ()))]
+        """Models first, then adapters, in the order of the file; or those of a slice."""
+        drafts = [*self._models(len(shape.models or ())), *self._of_slice(shape)]
         if shape.adapters and self._document.root.get("base_model") is None:
             self._problems.add(_no_base(self._document.spot(("adapters",)).key))
         for i in range(len(shape.adapters or ())):
@@ -78,14 +83,69 @@ class Drafts:
         for i in range(count):
             path: KeyPath = ("models", i)
             entry = shaped(EntryShape, self._document, path, self._problems)
-            pair = self._reference(entry.model, (*path, "model")) if entry else None
-            if entry and pair:
-                own = settings(self._document, (*path, "parameters"), entry.parameters or ())
-                residual = bool(entry.assume_residual_base)
-                if residual and pair[1] is None:
-                    place = self._document.spot((*path, "assume_residual_base")).key
-                    self._problems.add(_no_adapter(place))
-                yield Draft(entry.name, *pair, own, self._document.spot(path).value, residual)
+            draft = self._draft(entry, path) if entry else None
+            if draft:
+                yield draft
+
+    def _of_slice(self, shape: RecipeShape) -> list[Draft]:
+        """The sources of the only slice: whole models, of as many layers as it says."""
+        if shape.slices is None:
+            return []
+        self._check_slices(shape, len(shape.slices))
+        found = shaped(SliceShape, self._document, SLICE, self._problems) if shape.slices else None
+        drafts: list[Draft] = []
+        for i in range(len(found.sources) if found else 0):
+            path: KeyPath = (*SLICE, "sources", i)
+            source = shaped(SourceShape, self._document, path, self._problems)
+            draft = self._draft(source, path) if source else None
+            if source and draft:
+                first = drafts[0].layers if drafts else None
+                self._check_range(source.layer_range, first, (*path, "layer_range"))
+                drafts.append(replace(draft, layers=source.layer_range[1]))
+        return drafts
+
+    def _check_slices(self, shape: RecipeShape, count: int) -> None:
+        for key in ("models", "adapters"):
+            if getattr(shape, key) is not None:
+                self._problems.add(
+                    ConfigError(
+                        f"slices and {key} exclude each other",
+                        where=self._document.spot(("slices",)).key,
+                        found=f"`slices` beside `{key}`",
+                        expected="one of them",
+                        remedy=f"remove `slices`, or list what is under `{key}` as its sources",
+                    )
+                )
+        if count != 1:
+            where = ("slices", 1) if count else ("slices",)
+            self._problems.add(_partial(self._document.spot(where).value, f"{count} slices"))
+
+    def _check_range(self, span: list[int], count: int | None, path: KeyPath) -> None:
+        """A part of the layers cannot be had yet, and all sources are equally long."""
+        where, found = self._document.spot(path).value, f"[{span[0]}, {span[1]}]"
+        if span[0] != 0 or span[1] < 1:
+            self._problems.add(_partial(where, found))
+        elif count is not None and span[1] != count:
+            self._problems.add(
+                ConfigError(
+                    "the sources of a slice are not equally long",
+                    where=where,
+                    found=found,
+                    expected=f"{count} layers, as of the first",
+                    remedy="give all sources the same number of layers",
+                )
+            )
+
+    def _draft(self, entry: EntryShape, path: KeyPath) -> Draft | None:
+        pair = self._reference(entry.model, (*path, "model"))
+        if pair is None:
+            return None
+        own = settings(self._document, (*path, "parameters"), entry.parameters or ())
+        residual = bool(entry.assume_residual_base)
+        if residual and pair[1] is None:
+            place = self._document.spot((*path, "assume_residual_base")).key
+            self._problems.add(_no_adapter(place))
+        return Draft(entry.name, *pair, own, self._document.spot(path).value, residual)
 
     def _adapter(self, path: KeyPath, base: Reference | None) -> Draft | None:
         entry = shaped(AdapterShape, self._document, path, self._problems)
@@ -167,6 +227,16 @@ def unique_names(drafts: list[Draft]) -> list[str]:
             taken.add(name)
         names.append(name)
     return names
+
+
+def _partial(where: Place, found: str) -> ConfigError:
+    return ConfigError(
+        "slices that take models apart are not supported yet",
+        where=where,
+        found=found,
+        expected="one slice, of all layers of its models: layer_range [0, number of layers]",
+        remedy="merge whole models, or cut them with mergekit first",
+    )
 
 
 def _no_base(where: Place) -> ConfigError:

@@ -45,23 +45,26 @@ class Parameters:
         self._ignored: dict[tuple[str, str], list[Place]] = {}
 
     def of_all(self, given: Iterable[Setting]) -> dict[str, Setting]:
-        """The settings of a recipe's top level that the method uses, each of them checked."""
+        """The settings for all models that the method uses, each of them checked."""
         knobs = {**self._method.per_model, **self._method.shared}
         used = self._used(given, knobs)
         for key, setting in used.items():
             cases(setting, knobs[key], self._problems)
         return used
 
-    def shared(self, common: Mapping[str, Setting], where: Place) -> dict[str, Parameter]:
-        """Every shared knob; one whose value is wrong is left out."""
-        return self._complete([common], self._method.shared, where)
+    def shared(self, common: Sequence[Mapping[str, Setting]], where: Place) -> dict[str, Parameter]:
+        """Every shared knob; one whose value is wrong is left out.
+
+        `common` is what holds for all models, the innermost level first.
+        """
+        return self._complete(common, self._method.shared, where)
 
     def of_model(
-        self, own: Iterable[Setting], common: Mapping[str, Setting], where: Place
+        self, own: Iterable[Setting], common: Sequence[Mapping[str, Setting]], where: Place
     ) -> dict[str, Parameter]:
-        """Every per-model knob: a model's own, else the top level's, else the default."""
+        """Every per-model knob: a model's own, else what holds for all, else the default."""
         used = self._used(own, self._method.per_model)
-        return self._complete([used, common], self._method.per_model, where)
+        return self._complete([used, *common], self._method.per_model, where)
 
     def warnings(self) -> list[tuple[Place, str]]:
         """Each key that has no effect, once: its first place, and why with its other places."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from streammerge.declarations import MethodSpec
 from streammerge.errors import ConfigError, Place, Problems, StreammergeError
 from streammerge.recipe.document import Document, parse
-from streammerge.recipe.entries import Draft, Drafts, unique_names
+from streammerge.recipe.entries import SLICE, Draft, Drafts, unique_names
 from streammerge.recipe.files import read_text
 from streammerge.recipe.parameters import Parameters, check_together, check_weights
 from streammerge.recipe.references import identity
 from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
-from streammerge.recipe.setting import settings
+from streammerge.recipe.setting import Setting, settings
 from streammerge.recipe.values import Entry, Recipe, Reference
 from streammerge.recipe.varying import Parameter, fixed
-from streammerge.recipe.wording import nearest, quoted
+from streammerge.recipe.wording import KeyPath, nearest, quoted
 from streammerge.sizes import parse_size
 from streammerge.words import FLOAT_NAMES, DType
 
@@ -79,8 +79,7 @@ class _Reading:
         reader = Drafts(self._document, self._folder, self._problems)
         base = reader.base(self._shape)
         drafts = reader.all(self._shape, base)
-        listed = len(self._shape.models or ()) + len(self._shape.adapters or ())
-        self._whole = len(drafts) == listed
+        self._whole = len(drafts) == self._listed()
         output, shard_bytes = self._output()
         self._check_isotropize()
         self._check_compressed(output)
@@ -115,6 +114,12 @@ class _Reading:
             folder=self._folder,
             warnings=tuple(f"{place}: {text}" for place, text in sorted(self._warnings)),
         )
+
+    def _listed(self) -> int:
+        """How many entries the document has."""
+        paths: tuple[KeyPath, ...] = (("models",), ("adapters",), (*SLICE, "sources"))
+        here = [self._document.at(path) for path in paths if path in self._document.spots]
+        return sum(len(listed) for listed in here if isinstance(listed, list))
 
     def _given(self, key: str) -> bool:
         return self._document.root.get(key) is not None
@@ -156,7 +161,7 @@ class _Reading:
         for draft in drafts:
             if draft.adapter or identity(draft.model, self._folder) != same:
                 rest.append(draft)
-            else:
+            elif draft.layers is None:  # in a slice it must be listed
                 why = f"{method.name} takes it as the base"
                 text = f"the base listed as a model has no effect: {why}"
                 self._warnings.append((draft.place, text))
@@ -168,13 +173,16 @@ class _Reading:
         enough = count >= fewest or len(self._problems) > 0
         if enough and (most is None or count <= most):
             return
-        path = next((key for key in ("models", "adapters") if getattr(self._shape, key)), None)
+        path = next(
+            (key for key in ("models", "adapters", "slices") if getattr(self._shape, key)), None
+        )
+        listed = "the slice" if self._shape.slices else "`models` and `adapters`"
         limits = f"{fewest} or more" if most is None else f"{fewest} to {most}"
         self._problems.add(
             ConfigError(
                 f"{method.name} cannot merge this number of models",
                 where=self._document.spot((path,) if path else ()).key,
-                found=f"{count} in `models` and `adapters`, not counting the base",
+                found=f"{count} in {listed}, not counting the base",
                 expected=f"exactly {fewest}" if most == fewest else limits,
                 remedy="list them under `models:` or `adapters:`"
                 if count < fewest
@@ -186,8 +194,7 @@ class _Reading:
         self, drafts: list[Draft], method: MethodSpec
     ) -> tuple[tuple[Entry, ...], dict[str, Parameter]]:
         parameters = Parameters(method, self._methods, self._problems)
-        given = settings(self._document, ("parameters",), self._shape.parameters or ())
-        common = parameters.of_all(given)
+        common = [parameters.of_all(given) for given in self._common()]
         shared = parameters.shared(common, self._document.spot(("parameters",)).value)
         entries = tuple(
             Entry(
@@ -197,12 +204,20 @@ class _Reading:
                 parameters.of_model(draft.own, common, draft.place),
                 draft.place,
                 draft.assume_residual_base,
+                draft.layers,
             )
             for name, draft in zip(unique_names(drafts), drafts, strict=True)
         )
         self._warnings += parameters.warnings()
         self._check(entries, shared, method)
         return entries, shared
+
+    def _common(self) -> Iterator[list[Setting]]:
+        """The parameters for all models, the innermost first."""
+        for place in (SLICE, ()):
+            path: KeyPath = (*place, "parameters")
+            if path in self._document.spots and isinstance(self._document.at(path), dict):
+                yield settings(self._document, path, self._document.at(path))
 
     def _check(
         self, entries: tuple[Entry, ...], shared: Mapping[str, Parameter], method: MethodSpec

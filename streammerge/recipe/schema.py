@@ -66,6 +66,21 @@ class EntryShape(Shape):
     parameters: dict[str, Any] | None = Field(None, description=_PARAMETERS)
 
 
+class SourceShape(EntryShape):
+    """An item of a slice's `sources`."""
+
+    layer_range: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
+        description="the first layer and the one after the last, such as [0, 32]"
+    )
+
+
+class SliceShape(Shape):
+    """An item of `slices`."""
+
+    sources: list[Any] = Field(description="a list of {model, layer_range, parameters}")
+    parameters: dict[str, Any] | None = Field(None, description=_PARAMETERS)
+
+
 class AdapterShape(Shape):
     """An item of `adapters`; keys besides these are parameters."""
 
@@ -99,6 +114,7 @@ class RecipeShape(Shape):
     merge_method: Text | None = Field(None, description="text: the name of a merge method")
     models: list[Any] | None = Field(None, description="a list of {model, parameters}")
     adapters: list[Any] | None = Field(None, description="a list of {path, weight, ...}")
+    slices: list[Any] | None = Field(None, description="a list of one {sources, parameters}")
     parameters: dict[str, Any] | None = Field(None, description=_PARAMETERS)
     dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
     out_dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
@@ -118,12 +134,13 @@ class RecipeShape(Shape):
 
 ITEMS = {
     EntryShape: "a mapping such as {model: path, parameters: {weight: 0.5}}",
+    SourceShape: "a mapping such as {model: path, layer_range: [0, 32]}",
+    SliceShape: "a mapping such as {sources: [{model: path, layer_range: [0, 32]}, ...]}",
     AdapterShape: "a mapping such as {path: ./lora-math, weight: 0.5}",
 }
 
 # Keys of mergekit's configurations that change the result and have no counterpart here yet.
 KEYS_NOT_YET = {
-    "slices": "list whole models under `models`",
     "modules": "list whole models under `models`",
     "tokenizer": "name an adapter, or the base, with tokenizer_source: NAME",
     "chat_template": "remove it to take the base model's template",

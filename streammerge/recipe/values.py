@@ -32,7 +32,7 @@ class Entry:
 
     `name` is unique within the recipe. `knobs` holds every per-model knob of the method, with
     defaults applied. `assume_residual_base` is the user's word that the model is the one which the
-    adapter's initialisation left behind.
+    adapter's initialisation left behind. `layers` is how many the recipe says that the model has.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Entry:
     knobs: Mapping[str, Parameter]
     place: Place = field(compare=False)
     assume_residual_base: bool = False
+    layers: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,38 @@ def test_what_does_not_go_together_somewhere_is_refused_with_the_tensor(
     assert str(caught.value.what).startswith("in model.layers.")
 
 
+def slice_of(folder: Path, layers: int, **parameters: Any) -> dict[str, Any]:
+    names = ("base", "one")
+    sources = [{"model": str(folder / name), "layer_range": [0, layers]} for name in names]
+    return {
+        "merge_method": "slerp",
+        "base_model": str(folder / "base"),
+        "slices": [{"sources": sources}],
+        "parameters": parameters,
+    }
+
+
+def test_a_slice_of_all_layers_merges_whole_models(folder: Path, tmp_path: Path) -> None:
+    """As mergekit's own example of slerp has it."""
+    _, one, _, shared, _ = CASES["slerp"]
+    path = tmp_path / "slices.yaml"
+    path.write_text(yaml.safe_dump(slice_of(folder, LAYERS, **shared)))
+    sm.merge(path, out=tmp_path / "slices", memory="8GiB")
+    assert read_tensors(tmp_path / "slices") == merge(
+        folder, tmp_path / "models", "slerp", {"one": one}, shared
+    )
+
+
+@pytest.mark.parametrize("layers", [LAYERS - 1, LAYERS + 1])
+def test_a_slice_of_other_layers_is_refused(folder: Path, tmp_path: Path, layers: int) -> None:
+    path = tmp_path / "slices.yaml"
+    path.write_text(yaml.safe_dump(slice_of(folder, layers, t=0.5)))
+    with pytest.raises(ConfigError) as caught:
+        sm.plan(path, memory="8GiB")
+    assert f"the slice takes {layers} layers of one" in str(caught.value)
+    assert caught.value.remedy == f"write layer_range: [0, {LAYERS}]"
+
+
 def test_the_plan_tells_how_parameters_vary(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "ties.yaml"
     own = {"density": [0.2, 0.9], "weight": q(2, 1)}

@@ -268,7 +268,7 @@ def test_fault_14_two_paths_to_the_same_folder(tmp_path: Path) -> None:
     assert "twice" in str(only(LINEAR + "models: [{model: a}, {model: ./link}]", tmp_path))
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
+@pytest.mark.parametrize("key", ["modules", "tokenizer", "chat_template"])
 def test_keys_not_supported_yet_are_refused_by_name(key: str) -> None:
     problem = only(f"{LINEAR}models: [{{model: a}}]\n{key}: |\n  some\n  text\n")
     assert_says(problem, 3, 1, f"{key} is not supported yet")
@@ -301,6 +301,44 @@ def test_gradients_and_filters_that_are_wrong(
     before = "models: [{model: a, parameters: {density: "
     column = len(before) + 1 + density.index(part)
     assert_says(only(f"{TIES}{before}{density}}}}}]"), 3, column, *words)
+
+
+SOURCES = "sources: [{model: a, layer_range: [0, 4]}, {model: c, layer_range: %s}]"
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ("[2, 6]", ("slices that take models apart", "[2, 6]", "[0, number of layers]")),
+        ("[0, 0]", ("slices that take models apart",)),
+        ("[0, 8]", ("not equally long", "4 layers")),
+        ("4", ("layer_range is not valid", "such as [0, 32]")),
+        ("[0, 1, 2]", ("layer_range is not valid",)),
+        ("[0, 1.5]", ("layer_range is not valid",)),
+    ],
+)
+def test_a_range_of_layers_that_cannot_be_had(layers: str, words: tuple[str, ...]) -> None:
+    line = f"slices: [{{{SOURCES % layers}}}]"
+    assert_says(only(LINEAR + line), 2, line.rindex(layers) + 1, *words)
+
+
+def test_several_slices_or_none() -> None:
+    one = f"{{{SOURCES % '[0, 4]'}}}"
+    assert_says(
+        only(f"{LINEAR}slices: [{one}, {one}]"), 2, len(f"slices: [{one}, ") + 1, "2 slices"
+    )
+    assert_says(only(f"{LINEAR}slices: []"), 2, 9, "0 slices")
+
+
+def test_slices_beside_models() -> None:
+    both = f"{LINEAR}slices: [{{{SOURCES % '[0, 4]'}}}]\nmodels: [{{model: d}}]"
+    assert_says(only(both), 2, 1, "slices and models exclude each other")
+
+
+def test_a_slice_without_sources_and_a_source_without_layers() -> None:
+    assert_says(only(f"{LINEAR}slices: [{{}}]"), 2, 10, "slices[0].sources is missing")
+    text = f"{LINEAR}slices: [{{sources: [{{model: a}}]}}]"
+    assert_says(only(text), 2, 21, "layer_range is missing", "[0, 32]")
 
 
 def test_no_gradient_of_whole_numbers() -> None:

@@ -117,3 +117,31 @@ def test_in_words() -> None:
 def test_the_depth_of_a_tensor(names: tuple[str, ...], depths: tuple[float, ...]) -> None:
     layers = Layers(names)
     assert tuple(map(layers.depth, names)) == depths
+
+
+SLICE = """\
+merge_method: ties
+base_model: b
+slices:
+  - sources:
+      - {model: b, layer_range: [0, 4]}
+      - {model: a, layer_range: [0, 4], parameters: {density: [{filter: q, value: 0.1}]}}
+      - {model: c, layer_range: [0, 4]}
+    parameters: {density: [{filter: k, value: 0.2}], normalize: false}
+parameters: {density: 0.3, weight: 2, normalize: true}
+"""
+
+
+def test_a_slice_of_all_layers_is_its_models() -> None:
+    """Source before slice before top level; the base must be listed, and is the base."""
+    recipe = parse(SLICE)
+    assert [entry.model.text for entry in recipe.entries] == ["a", "c"]
+    assert [entry.layers for entry in recipe.entries] == [4, 4]
+    of_names = {
+        name: [at(entry.knobs["density"], name, 0) for entry in recipe.entries] for name in "qkv"
+    }
+    assert of_names == {"q": [0.1, 0.3], "k": [0.2, 0.2], "v": [0.3, 0.3]}
+    assert recipe.shared["normalize"] is False
+    assert [entry.knobs["weight"] for entry in recipe.entries] == [2.0, 2.0]
+    assert recipe.warnings == ()
+    assert parse(to_yaml(recipe)) == recipe
