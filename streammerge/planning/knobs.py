@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -10,13 +10,13 @@ import numpy as np
 from streammerge.arrays import PerModel
 from streammerge.declarations import KnobValue
 from streammerge.errors import ConfigError, Problems
-from streammerge.recipe import Recipe, at, check_together, check_weights
+from streammerge.recipe import Case, Recipe, Varying, at, check_together, check_weights
 
 
 class TensorKnobs:
     """Looks up the knobs of a merge tensor by tensor; `names` are those of all tensors."""
 
-    def __init__(self, recipe: Recipe, names: Iterable[str]) -> None:
+    def __init__(self, recipe: Recipe, names: Collection[str]) -> None:
         self._recipe = recipe
         self._names = names
         self._same = None if recipe.varies else self._per_model("", 0.0)
@@ -28,6 +28,15 @@ class TensorKnobs:
     def shared(self, name: str) -> Mapping[str, KnobValue]:
         depth = self._layers.depth(name) if self._recipe.varies else 0.0
         return {knob: at(value, name, depth) for knob, value in self._recipe.shared.items()}
+
+    def warnings(self) -> Iterator[str]:
+        """Filters that are in no tensor's name, and gradients over a model without layers."""
+        cases = list(self._cases())
+        for text in dict.fromkeys(case.filter for case in cases):
+            if text is not None and not any(text in name for name in self._names):
+                yield f"the filter {text!r} has no effect: it is in no tensor's name"
+        if any(len(case.values) > 1 for case in cases) and not self._layers.counts:
+            yield "no layers can be told from the tensors' names: gradients end at their first value"
 
     def check(self, problems: Problems) -> None:
         """Whether those that differ go together everywhere; tells of the first tensor where not."""
@@ -48,6 +57,11 @@ class TensorKnobs:
         if "weight" in method.per_model:
             weights = [float(one["weight"]) for one in knobs]
             check_weights(method, weights, self.shared(name), entries[0].place)
+
+    def _cases(self) -> Iterator[Case]:
+        for knobs in (self._recipe.shared, *(entry.knobs for entry in self._recipe.entries)):
+            for value in knobs.values():
+                yield from value.cases if isinstance(value, Varying) else ()
 
     def _per_model(self, name: str, depth: float) -> dict[str, PerModel]:
         return {

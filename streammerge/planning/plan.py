@@ -185,13 +185,15 @@ def make_plan(
         return None
     notes = check_models(inputs, problems)
     check_layers(recipe, inputs, problems)
-    TensorKnobs(recipe, inputs.donor.tensors).check(problems)
+    knobs = TensorKnobs(recipe, inputs.donor.tensors)
+    knobs.check(problems)
     problems.raise_any()
     inputs, outline = settle_ties(inputs, problems)
     outline = settle_vocabulary(recipe, inputs, outline, problems)
     problems.raise_any()
     notes += [*outline.notes, *_notes(inputs)]
-    warnings = [*recipe.warnings, *_scaled_base(recipe, inputs), *_adapter_warnings(inputs)]
+    warnings = [*recipe.warnings, *knobs.warnings(), *_scaled_base(recipe, inputs)]
+    warnings += _adapter_warnings(inputs)
     files = Files(inputs.stamps(), io)
     found = split(inputs)
     assembly, pairs = Assembly(recipe, inputs, files), Pairs(recipe, files)

@@ -4,13 +4,15 @@ from streammerge.recipe.options import build_recipe, extraction
 from streammerge.recipe.parameters import check_together, check_weights
 from streammerge.recipe.read import parse_recipe, read_recipe
 from streammerge.recipe.values import Entry, Recipe, Reference
-from streammerge.recipe.varying import at, fixed, plain, told
+from streammerge.recipe.varying import Case, Varying, at, fixed, plain, told
 from streammerge.recipe.write import to_yaml
 
 __all__ = [
+    "Case",
     "Entry",
     "Recipe",
     "Reference",
+    "Varying",
     "at",
     "build_recipe",
     "check_together",

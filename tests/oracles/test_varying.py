@@ -219,6 +219,27 @@ def test_what_does_not_go_together_somewhere_is_refused_with_the_tensor(
     assert str(caught.value.what).startswith("in model.layers.")
 
 
+def test_a_filter_that_fits_nothing_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ties.yaml"
+    own = {"weight": [{"filter": "self_atn", "value": 2}, {"filter": "mlp", "value": 1}]}
+    models = [{"model": str(folder / "one"), "parameters": own}]
+    recipe = {"merge_method": "ties", "base_model": str(folder / "base"), "models": models}
+    path.write_text(yaml.safe_dump(recipe))
+    plan = sm.plan(path, memory="8GiB")
+    assert plan.warnings == ("the filter 'self_atn' has no effect: it is in no tensor's name",)
+
+
+def test_a_gradient_over_no_layers_is_warned_of(tmp_path: Path) -> None:
+    for name in ("base", "one"):
+        stored: dict[str, Tensor] = {"w": ("F32", (2, 2), np.ones(4, np.float32).tobytes())}
+        write_model(tmp_path / name, stored, config={})
+    path = tmp_path / "linear.yaml"
+    models = [{"model": "./one", "parameters": {"weight": [1, 2]}}]
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    (warning,) = sm.plan(path, memory="8GiB").warnings
+    assert "no layers can be told" in warning
+
+
 def slice_of(folder: Path, layers: int, **parameters: Any) -> dict[str, Any]:
     names = ("base", "one")
     sources = [{"model": str(folder / name), "layer_range": [0, layers]} for name in names]
