@@ -36,7 +36,7 @@ class TensorKnobs:
             if text is not None and not any(text in name for name in self._names):
                 yield f"the filter {text!r} has no effect: it is in no tensor's name"
         if any(len(case.values) > 1 for case in cases) and not self._layers.counts:
-            yield "no layers can be told from the tensors' names: gradients end at their first value"
+            yield "no layers are told by the tensors' names: all take a gradient's first value"
 
     def check(self, problems: Problems) -> None:
         """Whether those that differ go together everywhere; tells of the first tensor where not."""

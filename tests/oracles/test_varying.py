@@ -237,7 +237,7 @@ def test_a_gradient_over_no_layers_is_warned_of(tmp_path: Path) -> None:
     models = [{"model": "./one", "parameters": {"weight": [1, 2]}}]
     path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
     (warning,) = sm.plan(path, memory="8GiB").warnings
-    assert "no layers can be told" in warning
+    assert "no layers are told" in warning
 
 
 def slice_of(folder: Path, layers: int, **parameters: Any) -> dict[str, Any]:
