@@ -18,6 +18,7 @@ from streammerge.recipe import Recipe, at
 from streammerge.storage.donated import tokenizer_files
 from streammerge.storage.heads import is_vocabulary
 from streammerge.storage.smallfile import read_small
+from streammerge.storage.tokens import tokens_apart
 from streammerge.words import Dora, Replacement, Update
 
 _TRAIN_AGAIN = (
@@ -153,6 +154,10 @@ def _check_weights(
 def _with_tokenizer(
     recipe: Recipe, inputs: Inputs, growing: list[Model], outline: Outline, problems: Problems
 ) -> Outline:
+    if recipe.tokenizer == "union":
+        for problem in _not_united(inputs, growing):
+            problems.add(problem)
+        return outline
     if recipe.tokenizer is not None:
         return _as_named(recipe, inputs, outline, problems)
     holding = {model.name: files for model in growing if (files := _tokenizer(model))}
@@ -170,6 +175,21 @@ def _with_tokenizer(
             )
         )
     return _of(outline, next(iter(holding)), next(iter(first.values())).parent)
+
+
+def _not_united(inputs: Inputs, growing: list[Model]) -> Iterator[ConfigError]:
+    """Why the union of the tokenizers is not the donor's."""
+    donor, found = inputs.donor.path, [f"{model.name} has more tokens" for model in growing]
+    for path in dict.fromkeys(model.folder.path for model in inputs.models):
+        apart = tokens_apart(donor, path) if path != donor else None
+        found += [f"{path}: {apart}"] if apart else []
+    if found:
+        yield ConfigError(
+            "a union of tokenizers that differ is not supported yet",
+            found="; ".join(found),
+            expected=f"the tokens of {donor}, by the same numbers",
+            remedy="where rows are the same tokens all the same, write tokenizer_source: base",
+        )
 
 
 def _as_named(recipe: Recipe, inputs: Inputs, outline: Outline, problems: Problems) -> Outline:

@@ -120,7 +120,7 @@ class RecipeShape(Shape):
     out_dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
     seed: int | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     tokenizer_source: Text | None = Field(
-        None, description="text: the name of the adapter whose tokenizer the output takes, or base"
+        None, description="text: base, union, or the name of an adapter, whose tokenizer it is"
     )
     output: Text | dict[str, Any] | None = Field(
         None, description="a path, or a mapping {path, kind, rank, energy, error, save, shard_size}"

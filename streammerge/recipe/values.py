@@ -50,12 +50,12 @@ class Recipe:
 
     `shared` holds every shared knob of the method, with defaults applied. `out_dtype` is the
     recipe's `out_dtype`, else its `dtype`. `tokenizer` is the name of the entry whose adapter gives
-    it, or "base"; None where the inputs decide. `output` is a path and `shard_bytes` the most bytes
-    of an output file. Of an adapter as output, `rank` is the most that it may have, None for as
-    much as it takes; `energy` is the least share of the squared norm of an update that its factors
-    keep, and `error` the most of its norm that they miss; `saved` are the kinds of tensors that it
-    holds whole where they are no low-rank matrices, None where such are refused. Relative paths
-    start at `folder`: the recipe file's, or the working directory.
+    it, "base" or "union"; None where the inputs decide. `output` is a path and `shard_bytes` the
+    most bytes of an output file. Of an adapter as output, `rank` is the most that it may have, None
+    for as much as it takes; `energy` is the least share of the squared norm of an update that its
+    factors keep, and `error` the most of its norm that they miss; `saved` are the kinds of tensors
+    that it holds whole where they are no low-rank matrices, None where such are refused. Relative
+    paths start at `folder`: the recipe file's, or the working directory.
     `warnings` are whole lines, one for each key that has no effect, with its places.
     """
 

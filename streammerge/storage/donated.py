@@ -53,6 +53,12 @@ def tokenizer_files(folder: Path) -> dict[Path, Path]:
     return {name: folder / name for name in names} if complete else {}
 
 
+def vocabulary_files(folder: Path) -> dict[str, Path]:
+    """Name -> where it lies, of the files of a folder that say which tokens there are."""
+    names = [str(name) for name in donor_files(folder)]
+    return {name: folder / name for name in names if name in _VOCABULARIES}
+
+
 def _is_tokenizers(name: Path) -> bool:
     first = name.parts[0].lower()
     return first == "additional_chat_templates" or bool(_matching([first], *_TOKENIZER))
