@@ -13,7 +13,7 @@ from streammerge.recipe.entries import SLICE, Draft, Drafts, unique_names
 from streammerge.recipe.files import read_text
 from streammerge.recipe.parameters import Parameters, check_together, check_weights
 from streammerge.recipe.references import identity
-from streammerge.recipe.schema import OutputShape, RecipeShape, missing, shaped
+from streammerge.recipe.schema import OutputShape, RecipeShape, TokenizerShape, missing, shaped
 from streammerge.recipe.setting import Setting, settings
 from streammerge.recipe.values import Entry, Recipe, Reference
 from streammerge.recipe.varying import Parameter, fixed
@@ -101,7 +101,7 @@ class _Reading:
             shared=shared,
             out_dtype=self._out_dtype(),
             seed=self._shape.seed or 0,
-            tokenizer=self._shape.tokenizer_source,
+            tokenizer=self._tokenizer(),
             output=output.path,
             shard_bytes=shard_bytes,
             kind=output.kind,
@@ -240,6 +240,23 @@ class _Reading:
     def _out_dtype(self) -> DType | None:
         name = self._shape.out_dtype or self._shape.dtype
         return FLOAT_NAMES[name] if name else None
+
+    def _tokenizer(self) -> str | None:
+        """Its source, in whichever of the two forms."""
+        if self._shape.tokenizer is None:
+            return self._shape.tokenizer_source
+        if self._shape.tokenizer_source is not None:
+            self._problems.add(
+                ConfigError(
+                    "tokenizer and tokenizer_source exclude each other",
+                    where=self._document.spot(("tokenizer",)).key,
+                    found="both",
+                    expected="one of them",
+                    remedy="remove one of the two",
+                )
+            )
+        longer = shaped(TokenizerShape, self._document, ("tokenizer",), self._problems)
+        return longer.source if longer else None
 
     def _output(self) -> tuple[OutputShape, int | None]:
         """What `output` says, and its shard size in bytes."""

@@ -34,6 +34,7 @@ FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 _FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 _PARAMETERS = "a mapping such as {weight: 0.5}"
 _RESIDUAL = "true or false: whether the base is the one that this adapter's training started from"
+_TOKENIZER = "text: base, union, or the name of an adapter, whose tokenizer it is"
 _REFERENCE = "text such as path@revision+adapter@revision, or a mapping with model and lora"
 
 
@@ -107,6 +108,12 @@ class OutputShape(Shape):
     shard_size: int | Text | None = Field(None, description="a size such as 2GiB or 512MiB")
 
 
+class TokenizerShape(Shape):
+    """`tokenizer`, the longer form of `tokenizer_source`."""
+
+    source: Text = Field(description=_TOKENIZER)
+
+
 class RecipeShape(Shape):
     """The whole document."""
 
@@ -119,9 +126,8 @@ class RecipeShape(Shape):
     dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
     out_dtype: FloatName | None = Field(None, description=_FLOAT_NAMES)
     seed: int | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
-    tokenizer_source: Text | None = Field(
-        None, description="text: base, union, or the name of an adapter, whose tokenizer it is"
-    )
+    tokenizer_source: Text | None = Field(None, description=_TOKENIZER)
+    tokenizer: dict[str, Any] | None = Field(None, description="a mapping such as {source: base}")
     output: Text | dict[str, Any] | None = Field(
         None, description="a path, or a mapping {path, kind, rank, energy, error, save, shard_size}"
     )
@@ -142,7 +148,8 @@ ITEMS = {
 # Keys of mergekit's configurations that change the result and have no counterpart here yet.
 KEYS_NOT_YET = {
     "modules": "list whole models under `models`",
-    "tokenizer": "name an adapter, or the base, with tokenizer_source: NAME",
+    "tokens": "where all models have the same tokens, leave it out",
+    "pad_to_multiple_of": "leave it out: the embedding keeps its rows",
     "chat_template": "remove it to take the base model's template",
     "override_architecture": "remove it; names and shapes of tensors are all that is used",
 }

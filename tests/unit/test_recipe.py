@@ -339,3 +339,10 @@ def test_options_build_the_recipe_that_its_yaml_gives(
     assert recipe.base is not None and recipe.base.place.file == "<command line>"
     assert (recipe.folder, recipe.seed, recipe.shard_bytes) == (Path(), 3, 1 << 30)
     assert read(to_yaml(recipe), Path()) == recipe
+
+
+def test_the_tokenizer_in_either_form() -> None:
+    for text in ("tokenizer_source: union", "tokenizer: {source: union}"):
+        recipe = read(f"merge_method: linear\nmodels: [{{model: a}}]\n{text}\n")
+        assert recipe.tokenizer == "union"
+        assert "tokenizer_source: union" in to_yaml(recipe)

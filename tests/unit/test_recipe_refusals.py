@@ -268,7 +268,7 @@ def test_fault_14_two_paths_to_the_same_folder(tmp_path: Path) -> None:
     assert "twice" in str(only(LINEAR + "models: [{model: a}, {model: ./link}]", tmp_path))
 
 
-@pytest.mark.parametrize("key", ["modules", "tokenizer", "chat_template"])
+@pytest.mark.parametrize("key", ["modules", "chat_template"])
 def test_keys_not_supported_yet_are_refused_by_name(key: str) -> None:
     problem = only(f"{LINEAR}models: [{{model: a}}]\n{key}: |\n  some\n  text\n")
     assert_says(problem, 3, 1, f"{key} is not supported yet")
@@ -301,6 +301,24 @@ def test_gradients_and_filters_that_are_wrong(
     before = "models: [{model: a, parameters: {density: "
     column = len(before) + 1 + density.index(part)
     assert_says(only(f"{TIES}{before}{density}}}}}]"), 3, column, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "words"),
+    [
+        ("{source: base, tokens: {}}", 27, ("tokenizer.tokens is not supported yet",)),
+        ("{source: base, pad_to_multiple_of: 8}", 27, ("keeps its rows",)),
+        ("{}", 12, ("tokenizer.source is missing",)),
+        ("base", 12, ("{source: base}",)),
+    ],
+)
+def test_tokenizers_of_other_forms(text: str, column: int, words: tuple[str, ...]) -> None:
+    assert_says(only(f"{LINEAR}models: [{{model: a}}]\ntokenizer: {text}"), 3, column, *words)
+
+
+def test_one_word_about_the_tokenizer() -> None:
+    text = f"{LINEAR}models: [{{model: a}}]\ntokenizer: {{source: base}}\ntokenizer_source: base"
+    assert_says(only(text), 3, 1, "exclude each other")
 
 
 SOURCES = "sources: [{model: a, layer_range: [0, 4]}, {model: c, layer_range: %s}]"
