@@ -16,6 +16,9 @@ _rows = types.float32[:, ::1]
 # Elements per inner block: three models of it stay in the L1 cache.
 BLOCK = 1024
 
+# Of an inner product, sums side by side: as many as hide that an addition waits for the one before.
+SUMS = 64
+
 # How `elect` decides a sign, and what it divides by.
 WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
 BY_NONE, BY_WEIGHTS, BY_COUNT = 0, 1, 2
@@ -244,3 +247,30 @@ def importance(deltas, base, out):  # [rows, cols] three times
         apart = divergence(out[r], base[r])
         for c in range(cols):
             out[r, c] = np.float32(abs(np.float64(deltas[r, c])) * apart)
+
+
+@njit(nogil=True)
+def _add_products(row, other, sums):  # [n], [n], [SUMS]
+    whole = row.size // SUMS * SUMS
+    for start in range(0, whole, SUMS):
+        a, b = row[start : start + SUMS], other[start : start + SUMS]
+        for k in range(SUMS):
+            sums[k] += np.float64(a[k]) * np.float64(b[k])
+    for i in range(whole, row.size):
+        sums[i - whole] += np.float64(row[i]) * np.float64(other[i])
+
+
+@njit(types.void(_rows, types.float64[:, ::1]), cache=CACHED, nogil=True)
+def inner_products(rows, sums):  # [models, n], [pairs, SUMS]
+    """Add to the sums of each pair (i, j) with j up to i, in this order, in float64."""
+    for start in range(0, rows.shape[1], BLOCK):
+        stop, pair = min(rows.shape[1], start + BLOCK), 0
+        for i in range(rows.shape[0]):
+            for j in range(i + 1):
+                _add_products(rows[i, start:stop], rows[j, start:stop], sums[pair])
+                pair += 1
+
+
+@njit(types.void(_f32, _f32, _f64), cache=CACHED, nogil=True)
+def inner_product(row, other, sums):  # [n], [n], [SUMS]
+    _add_products(row, other, sums)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from streammerge.arrays import InnerProducts, PerModel, Rows
 
+# Rows of which one loop makes all products faster than BLAS.
+_FEW = 8
+
 
 @two_faced()
 def multiply(left: Rows, right: Rows, out: Rows) -> None:
@@ -27,7 +30,25 @@ def multiply(left: Rows, right: Rows, out: Rows) -> None:
 
 @two_faced()
 def gram(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
-    """`rows @ rows.T` in float64: `[rank, cols] -> [rank, rank]`, summed over blocks of columns."""
+    """`rows @ rows.T` in float64, `[n, cols] -> [n, n]`, of rows in one array or in several."""
+    if len(rows) > _FEW:
+        return _gram_of_many(rows)
+    from streammerge.kernels import cpu_stack
+
+    firsts, seconds = np.tril_indices(len(rows))
+    sums = np.zeros((len(firsts), cpu_stack.SUMS))
+    if isinstance(rows, np.ndarray):
+        cpu_stack.inner_products(rows, sums)
+    else:
+        for i, j, one in zip(firsts.tolist(), seconds.tolist(), sums, strict=True):
+            cpu_stack.inner_product(rows[i], rows[j], one)
+    found = np.empty((len(rows),) * 2)
+    found[firsts, seconds] = found[seconds, firsts] = sums.sum(axis=1)
+    return found
+
+
+def _gram_of_many(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
+    """By BLAS, over blocks of columns."""
     total = np.zeros((len(rows), len(rows)))
     for start in range(0, len(rows[0]), 4096):
         block = np.array([row[start : start + 4096] for row in rows], np.float64)

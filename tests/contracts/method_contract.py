@@ -284,7 +284,7 @@ class MethodContract:
 
 def _outside(knob: Knob) -> Iterator[str]:
     """Values that are none of the knob's, as a recipe would spell them."""
-    yield "[0.5, 0.5]"
+    yield "[]"
     yield "soup"
     if isinstance(knob.default, bool):
         yield from ("0.5", "2")
