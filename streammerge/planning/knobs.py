@@ -23,7 +23,9 @@ class TensorKnobs:
 
     def per_model(self, name: str) -> Mapping[str, PerModel]:
         """Knob -> its value for every model of the recipe."""
-        return self._same or self._per_model(name, self._layers.depth(name))
+        if self._same is not None:
+            return self._same
+        return self._per_model(name, self._layers.depth(name))
 
     def shared(self, name: str) -> Mapping[str, KnobValue]:
         depth = self._layers.depth(name) if self._recipe.varies else 0.0
