@@ -29,7 +29,7 @@ from streammerge.planning.spill import Chooser, SpillOptions, SpillTotal
 from streammerge.planning.tensors import TensorPlan, tensor_plan
 from streammerge.planning.ties import settle_ties
 from streammerge.planning.vocabulary import settle_vocabulary
-from streammerge.recipe import Entry, Recipe, fixed, plain
+from streammerge.recipe import Recipe, fixed, plain
 from streammerge.storage.bytesource import Files, Io
 from streammerge.storage.folder import INDEX
 from streammerge.storage.pickles import Pickles
@@ -115,7 +115,7 @@ class Plan:
             "kind": self.recipe.kind,
             "method": self.recipe.method.name,
             "models": [
-                {"name": e.name, "applied_tensors": self.applied().get(e.name), **_plain(e)}
+                {"name": e.name, "applied_tensors": self.applied().get(e.name), **plain(e.knobs)}
                 for e in self.recipe.entries
             ],
             "tensors": {
@@ -267,10 +267,6 @@ def _ranks(inputs: Inputs) -> int:
     adapters = [model.adapter for model in inputs.models if model.adapter]
     firsts = [next(iter(adapter.updates.values())) for adapter in adapters]
     return sum(first.rank for first in firsts)
-
-
-def _plain(entry: Entry) -> dict[str, Any]:
-    return {name: plain(value) for name, value in entry.knobs.items()}
 
 
 def _scaled_base(recipe: Recipe, inputs: Inputs) -> list[str]:

@@ -15,9 +15,8 @@ from streammerge.errors import BadInput, ConfigError, Problems
 from streammerge.planning.inputs import Inputs, Model
 from streammerge.planning.outline import Outline
 from streammerge.recipe import Recipe, at
-from streammerge.storage.donated import tokenizer_files
+from streammerge.storage.donated import contents, tokenizer_files
 from streammerge.storage.heads import is_vocabulary
-from streammerge.storage.smallfile import read_small
 from streammerge.storage.tokens import tokens_apart
 from streammerge.words import Dora, Replacement, Update
 
@@ -165,7 +164,7 @@ def _with_tokenizer(
         note = "the vocabulary grows, and no adapter holds a tokenizer: the donor's is kept"
         return replace(outline, notes=(*outline.notes, note)) if growing else outline
     first, *others = holding.values()
-    if any(_contents(files) != _contents(first) for files in others):
+    if any(contents(files) != contents(first) for files in others):
         problems.add(
             ConfigError(
                 "several adapters change the vocabulary, and their tokenizers differ",
@@ -218,7 +217,3 @@ def _of(outline: Outline, name: str, folder: Path) -> Outline:
 
 def _tokenizer(model: Model) -> dict[Path, Path]:
     return tokenizer_files(model.adapter.folder.path) if model.adapter else {}
-
-
-def _contents(files: Mapping[Path, Path]) -> dict[Path, bytes]:
-    return {name: read_small(path) for name, path in files.items()}

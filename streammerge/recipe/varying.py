@@ -79,15 +79,19 @@ def _told(value: KnobValue) -> str:
     return f"{value:g}"
 
 
-def plain(parameter: Parameter) -> Any:
-    """As it stands in a recipe."""
+def plain(knobs: Mapping[str, Parameter]) -> dict[str, Any]:
+    """As they stand in a recipe."""
+    return {name: _plain_value(value) for name, value in knobs.items()}
+
+
+def _plain_value(parameter: Parameter) -> Any:
     if not isinstance(parameter, Varying):
         return parameter
     if len(parameter.cases) == 1:
         return list(parameter.cases[0].values)
-    return [_plain(case) for case in parameter.cases]
+    return [_plain_case(case) for case in parameter.cases]
 
 
-def _plain(case: Case) -> dict[str, Any]:
+def _plain_case(case: Case) -> dict[str, Any]:
     value = list(case.values) if len(case.values) > 1 else case.values[0]
     return {"value": value} if case.filter is None else {"filter": case.filter, "value": value}

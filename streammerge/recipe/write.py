@@ -13,7 +13,7 @@ import yaml
 from streammerge.recipe.document import RESOLVERS, YAML_TAG
 from streammerge.recipe.references import is_plain, without_folders, written
 from streammerge.recipe.values import Entry, Recipe, Reference
-from streammerge.recipe.varying import Parameter, plain
+from streammerge.recipe.varying import plain
 from streammerge.words import FLOAT_NAMES
 
 
@@ -33,7 +33,7 @@ def to_yaml(recipe: Recipe, *, portable: bool = False) -> str:
         "adapters": [
             _adapter(entry, entry.adapter) for entry in subject.entries[first:] if entry.adapter
         ],
-        "parameters": _knobs(subject.shared),
+        "parameters": plain(subject.shared),
         "space": None if subject.space == "full" else subject.space,
         "isotropize": subject.isotropize or None,
         "out_dtype": subject.out_dtype and dtypes[subject.out_dtype],
@@ -85,18 +85,14 @@ def _is_shorthand(entry: Entry, base: Reference | None) -> bool:
 
 def _model(entry: Entry, recipe: Recipe) -> dict[str, Any]:
     reference = written(entry.model, entry.adapter, recipe.folder)
-    knobs = {"parameters": _knobs(entry.knobs)} if entry.knobs else {}
+    knobs = {"parameters": plain(entry.knobs)} if entry.knobs else {}
     return {"model": reference, "name": entry.name} | _residual(entry) | knobs
 
 
 def _adapter(entry: Entry, adapter: Reference) -> dict[str, Any]:
     revision = {"revision": adapter.revision} if adapter.revision else {}
     named = {"path": adapter.text} | revision | {"name": entry.name}
-    return named | _residual(entry) | _knobs(entry.knobs)
-
-
-def _knobs(knobs: Mapping[str, Parameter]) -> dict[str, Any]:
-    return {name: plain(value) for name, value in knobs.items()}
+    return named | _residual(entry) | plain(entry.knobs)
 
 
 def _residual(entry: Entry) -> dict[str, bool]:

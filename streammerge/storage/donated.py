@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 from streammerge.errors import Problems
 from streammerge.storage.folder import list_folder
-from streammerge.storage.smallfile import unreadable
+from streammerge.storage.smallfile import read_small, unreadable
+
+_Name = TypeVar("_Name", str, Path)
 
 _DONATED = (
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.vocab", "bpe.codes", "*.jinja", "*.py",
@@ -57,6 +60,11 @@ def vocabulary_files(folder: Path) -> dict[str, Path]:
     """Name -> where it lies, of the files of a folder that say which tokens there are."""
     names = [str(name) for name in donor_files(folder)]
     return {name: folder / name for name in names if name in _VOCABULARIES}
+
+
+def contents(files: Mapping[_Name, Path]) -> dict[_Name, bytes]:
+    """Name -> what is in the file."""
+    return {name: read_small(path) for name, path in files.items()}
 
 
 def _is_tokenizers(name: Path) -> bool:

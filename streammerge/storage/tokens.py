@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from streammerge.storage.donated import vocabulary_files
+from streammerge.storage.donated import contents, vocabulary_files
 from streammerge.storage.smallfile import parse_json, read_small
 
 _TABLE = "tokenizer.json"
@@ -18,7 +18,7 @@ def tokens_apart(ours: Path, theirs: Path) -> str | None:
     whose other parts (truncation, padding) differ from fine-tune to fine-tune.
     """
     a, b = vocabulary_files(ours), vocabulary_files(theirs)
-    if not b or _read(a) == _read(b):
+    if not b or contents(a) == contents(b):
         return None
     if not a:
         return "it holds a tokenizer, and the first model none"
@@ -34,17 +34,15 @@ def tokens_apart(ours: Path, theirs: Path) -> str | None:
     return f"{len(moved)} tokens differ, such as {moved[0]!r}"
 
 
-def _read(files: dict[str, Path]) -> dict[str, bytes]:
-    return {name: read_small(path) for name, path in files.items()}
-
-
 def _table(path: Path) -> dict[str, int] | None:
     """Token -> its number; None where the file has another form."""
     document = parse_json(read_small(path), str(path))
-    model, added = document.get("model"), document.get("added_tokens")
+    model: Any = document.get("model")
+    added: Any = document.get("added_tokens")
     vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # of pairs: token, score
-        vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-    if not isinstance(vocabulary, dict) or not isinstance(added, list):
+    try:
+        if isinstance(vocabulary, list):  # of pairs: token, score
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **{one["content"]: one["id"] for one in added}}
+    except (KeyError, TypeError, ValueError):
         return None
-    return {**vocabulary, **{one["content"]: one["id"] for one in added}}

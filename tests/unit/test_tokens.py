@@ -44,6 +44,11 @@ def holding(folder: Path, **files: Any) -> Path:
         (changed(model={"vocab": {"a": 0}}), "1 tokens differ, such as 'b'"),
         (changed(added_tokens=[{"id": 2, "content": "<t>"}]), "2 tokens differ, such as '<t>'"),
         (changed(model={"vocab": 3}), "another tokenizer.json"),
+        (changed(model={"vocab": ["a", "b"]}), "another tokenizer.json"),
+        (changed(model=None), "another tokenizer.json"),
+        (changed(added_tokens=[{"id": 2}]), "another tokenizer.json"),
+        (changed(added_tokens=[3]), "another tokenizer.json"),
+        (changed(added_tokens=None), "another tokenizer.json"),
     ],
 )
 def test_tables_are_compared_token_by_token(
