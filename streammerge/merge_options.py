@@ -73,7 +73,7 @@ def recipe_options(command: _F) -> _F:
             type=click.Choice(["auto", "mmap", "read"]),
             default="auto",
             show_default=True,
-            help="How inputs are read; auto maps local files and reads network ones.",
+            help="Read inputs into buffers, or map them into memory; auto reads, which is faster.",
         ),
         click.option("--allow-pickle", is_flag=True, help=PICKLE_HELP),
         click.option(

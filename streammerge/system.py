@@ -23,11 +23,6 @@ _MIB = 1 << 20
 LARGEST_FOLIO = 2 * _MIB
 _COPY_CHUNK = 16 * _MIB
 
-_NETWORK_FILE_SYSTEMS = frozenset(
-    "nfs nfs4 cifs smb3 smbfs lustre gpfs beegfs ceph fuse.ceph afs 9p panfs orangefs pvfs2 "
-    "glusterfs fuse.glusterfs fuse.sshfs fuse.s3fs fuse.gcsfuse".split()
-)
-
 
 @cache
 def _libc() -> ctypes.CDLL | None:
@@ -193,23 +188,6 @@ def _quota(cpu_max: str) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------- files
-
-
-def on_network_file_system(path: str) -> bool:
-    """Whether the file lies on a network file system, by the mount table; False if unknown."""
-    try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
-    except OSError:
-        return False
-    real = os.path.realpath(path)
-    best, kind = "", ""
-    for line in lines:
-        _, point, name, *_ = line.split(" ")
-        point = point.replace("\\040", " ")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, name
-    return kind in _NETWORK_FILE_SYSTEMS
 
 
 def free_bytes(folder: str) -> int:

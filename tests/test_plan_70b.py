@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import bench_inputs
 import memory
@@ -68,9 +69,12 @@ def no_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_mapping")
-def test_a_70b_model_is_planned_from_its_headers(seventy: Path) -> None:
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_a_70b_model_is_planned_from_its_headers(
+    seventy: Path, io: Literal["mmap", "read"]
+) -> None:
     before, started = kernel_read_bytes(), time.monotonic()
-    plan = sm.plan(seventy, memory="4GiB")
+    plan = sm.plan(seventy, memory="4GiB", io=io)
     seconds, read = time.monotonic() - started, kernel_read_bytes() - before
     print(f"planned in {seconds:.2f} s, reading {read / MIB:.1f} MiB")
     assert read < 32 * MIB

@@ -23,8 +23,9 @@ _STATES = tuple(size * MIB for size in (96, 48, 24, 12, 4, 1))
 _FIXED_BYTES = 8 * MIB
 # What zarr takes: 7 MiB for the metadata of a group and its arrays, and some more of them.
 _SPILL_BYTES = 10 * MIB
-# A thread's stack, and the page-cache folios at both ends of the range that it has mapped.
-_THREAD_BYTES = MIB + 2 * system.LARGEST_FOLIO
+_STACK_BYTES = MIB
+# What a thread has mapped beyond its tile: the page-cache folios at both ends.
+_MAPPED_BYTES = 2 * system.LARGEST_FOLIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,18 @@ class Start:
     peak_bytes: int
 
 
-def project(demand: Demand, start: Start, threads: int, window: int, state_bytes: int) -> Flight:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a merge has to do with: memory of the process, threads, and how inputs are read."""
+
+    budget_bytes: int
+    threads: int
+    mapped: bool = False
+
+
+def project(
+    demand: Demand, start: Start, threads: int, window: int, state_bytes: int, *, mapped: bool
+) -> Flight:
     """The peak with so much in flight."""
     states = nlargest(window, (state.within(state_bytes) for state in demand.states))
     # Who needs more than there is room for gets it when it is alone.
@@ -58,7 +70,7 @@ def project(demand: Demand, start: Start, threads: int, window: int, state_bytes
     held += sum(demand.resident_bytes[:window])
     flight = Flight(threads, window, state_bytes, 0)
     needed = (
-        threads * (demand.worker_bytes + _THREAD_BYTES)
+        threads * (demand.worker_bytes + _STACK_BYTES + mapped * _MAPPED_BYTES)
         + sampled_at_once(demand, threads)
         + held
         + flight.parts_ahead * demand.part_bytes
@@ -69,19 +81,19 @@ def project(demand: Demand, start: Start, threads: int, window: int, state_bytes
     return Flight(threads, window, state_bytes, peak)
 
 
-def fit(demand: Demand, start: Start, budget_bytes: int, threads: int) -> Flight:
+def fit(demand: Demand, start: Start, limits: Limits) -> Flight:
     """The most in flight that stays under the budget; BudgetError names the least that would."""
     options = [
-        project(demand, start, workers, window, state)
-        for workers in range(threads, 0, -1)
+        project(demand, start, workers, window, state, mapped=limits.mapped)
+        for workers in range(limits.threads, 0, -1)
         for state in _rooms(demand, workers)
         for window in sorted({min(MOST_JOBS, max(2, workers)), 2, 1}, reverse=True)
     ]
     for flight in options:
-        if flight.projected_bytes <= budget_bytes:
+        if flight.projected_bytes <= limits.budget_bytes:
             return flight
     least = min(flight.projected_bytes for flight in options)
-    raise over_budget("this merge", least, budget_bytes)
+    raise over_budget("this merge", least, limits.budget_bytes)
 
 
 def _rooms(demand: Demand, threads: int) -> Sequence[int]:

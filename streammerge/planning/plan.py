@@ -13,10 +13,10 @@ from streammerge.device import CPU, Device
 from streammerge.errors import Problems
 from streammerge.planning.adapter_fit import Fitting
 from streammerge.planning.adapter_output import AdapterOutput, adapter_output
-from streammerge.planning.budget import Flight
+from streammerge.planning.budget import Flight, Limits
 from streammerge.planning.checks import check_layers, check_models, float64_note, template_notes
 from streammerge.planning.cost import Demand, predict_seconds
-from streammerge.planning.fitting import Limits, fitted
+from streammerge.planning.fitting import fitted
 from streammerge.planning.inputs import Inputs, open_inputs
 from streammerge.planning.jobs import Composer, Job
 from streammerge.planning.knobs import TensorKnobs
@@ -212,8 +212,8 @@ def make_plan(
         composer = Composer(recipe, inputs, files, chooser, store)
         return chain.from_iterable(_jobs(composer, layout, adapter) for layout in layouts)
 
-    limits = Limits(budget_bytes, threads, sum(layout.size_bytes for layout in layouts))
-    fit = fitted(jobs, spill, limits)
+    limits = Limits(budget_bytes, threads, mapped=files.mapped)
+    fit = fitted(jobs, spill, limits, sum(layout.size_bytes for layout in layouts))
     notes += [fit.note] if fit.note else []
     seconds = predict_seconds(
         fit.demand,

@@ -1,8 +1,8 @@
-"""Bytes of input files: mapped lazily with numpy, or read into the caller's buffer.
+"""Bytes of input files, tile by tile: read into the caller's buffer, or mapped with numpy.
 
-A mapped file that shrinks under the process is a SIGBUS that Python cannot catch, and mapping is
-slow on network file systems; so there are two faces, and every read first compares the file with
-what the plan saw.
+Reading is the faster of the two (docs/decisions/0017-inputs-are-read.md), and a mapped file that
+shrinks under the process is a SIGBUS that Python cannot catch. Every read first compares the file
+with what the plan saw.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Files:
 
     def __init__(self, stamps: Mapping[str, Stamp], io: Io = "auto") -> None:
         self._stamps = dict(stamps)
-        self._io = io
+        self.mapped = io == "mmap"
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _Handle] = OrderedDict()
         self._most = _most_open()
         self.read_bytes = 0  # of tensors, so far
 
     def __reduce__(self) -> tuple[type[Files], tuple[Mapping[str, Stamp], Io]]:
-        return Files, (self._stamps, self._io)
+        return Files, (self._stamps, "mmap" if self.mapped else "read")
 
     @contextmanager
     def tile(self, extent: Extent, tile: Tile, scratch: Scratch) -> Iterator[RawBytes]:
@@ -162,7 +162,7 @@ class Files:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise unreadable(path, error, "cannot be opened") from error
-        if not self._maps(path) or self._stamps[path].size_bytes == 0:
+        if not self.mapped or self._stamps[path].size_bytes == 0:
             return _Handle(descriptor, None)
         try:
             return _Handle(descriptor, np.memmap(path, np.uint8, "r"))
@@ -172,11 +172,6 @@ class Files:
         except ValueError as error:  # which is how numpy refuses to map an empty file
             os.close(descriptor)
             raise _cut_short(path, 0, self._stamps[path].size_bytes) from error
-
-    def _maps(self, path: str) -> bool:
-        if self._io == "auto":
-            return not system.on_network_file_system(path)
-        return self._io == "mmap"
 
     def _compare(self, path: str, descriptor: int) -> None:
         now = os.fstat(descriptor)
