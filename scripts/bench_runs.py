@@ -92,7 +92,13 @@ def merge(recipe: Path, *options: str) -> Run:
     """The real command; the output is removed again."""
     with _fresh(recipe.parent) as place:
         out = place / "out"
-        return timed([COMMAND, "merge", recipe, "--out", out, "--quiet", "--json", *options])
+        command: list[str | Path] = [COMMAND, "merge", recipe, "--out", out, "--quiet", "--json"]
+        return timed([*command, *options], env=_as_installed())
+
+
+def _as_installed() -> dict[str, str]:
+    """An environment in which a checkout keeps its byte code, as pip makes it for a package."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def merge_by_mergekit(recipe: Path, python: Path) -> Run:

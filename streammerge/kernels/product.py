@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Rows of which one loop makes all products faster than BLAS.
 _FEW = 8
+# What BLAS is handed at once, in float64: stays in the cache, and in memory that malloc keeps.
+_BLOCK_ELEMENTS = 1 << 14
+_LEAST_COLUMNS = 1024
 
 
 @two_faced()
@@ -50,9 +53,13 @@ def gram(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
 def _gram_of_many(rows: Rows | Sequence[NDArray[np.float32]]) -> InnerProducts:
     """By BLAS, over blocks of columns."""
     total = np.zeros((len(rows), len(rows)))
-    for start in range(0, len(rows[0]), 4096):
-        block = np.array([row[start : start + 4096] for row in rows], np.float64)
-        total += block @ block.T
+    step = max(_LEAST_COLUMNS, _BLOCK_ELEMENTS // len(rows))
+    block = np.empty((len(rows), min(step, len(rows[0]))))
+    for start in range(0, len(rows[0]), step):
+        held = block[:, : len(rows[0]) - start]
+        for i, row in enumerate(rows):
+            held[i] = row[start : start + step]
+        total += held @ held.T
     return total
 
 
