@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from pathlib import Path
 
 from streammerge.kernels.cache import FOLDER
@@ -25,6 +26,14 @@ def _is_older(module: str, folder: Path) -> bool:
 
 
 def load() -> None:
-    """Compile the kernels, or load them."""
-    for name in _MODULES:
-        importlib.import_module(f"streammerge.kernels.{name}")
+    """Compile the kernels, or load them.
+
+    Signals wait meanwhile: LLVM calls back into Python, and an exception that a handler raises in
+    such a call is lost, with the process after it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        for name in _MODULES:
+            importlib.import_module(f"streammerge.kernels.{name}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
