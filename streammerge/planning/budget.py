@@ -57,7 +57,7 @@ class Limits:
 
     budget_bytes: int
     threads: int
-    mapped: bool = False
+    mapped: bool
 
 
 def project(

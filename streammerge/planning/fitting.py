@@ -33,8 +33,7 @@ def fitted(
     """As the options say; under `auto` nothing is spilled where memory or disk are too small.
 
     `jobs` composes all jobs of the merge with what is chosen; the output takes room on the disk,
-    too. Raises BudgetError or OutputRefused
-    where it does not fit.
+    too. Raises BudgetError or OutputRefused where it does not fit.
     """
     try:
         return _fitted(jobs, options, limits, output_bytes)
